@@ -1,0 +1,1 @@
+"""Each benchmark prints a table and appends rows to benchmarks/results/."""

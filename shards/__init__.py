@@ -1,0 +1,1 @@
+"""Images in, WebDataset tars out. No torch here: packing runs on any machine."""

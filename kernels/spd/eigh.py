@@ -1,0 +1,69 @@
+"""Logarithm, distance and gradient by eigendecomposition, with the Loewner matrix of the logarithm."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor
+from torch._C import _LinAlgError as LinAlgError
+
+from kernels.spd.solver import batched_eigh
+
+logger = logging.getLogger(__name__)
+
+
+def loewner_matrix(eigenvalues: Tensor) -> Tensor:
+    """Divided differences of the logarithm, [b, n] -> [b, n, n]: log1p(x) / (x low), x = (high - low) / low.
+
+    This form has no cancellation: it is exact at repeated eigenvalues, where (log a - log b) / (a - b) is 0/0
+    and autograd through an eigendecomposition gives NaN.
+    """
+    low = torch.minimum(eigenvalues[:, :, None], eigenvalues[:, None, :])
+    x = (eigenvalues[:, :, None] - eigenvalues[:, None, :]).abs() / low
+    return torch.where(x > 0, torch.log1p(x) / torch.where(x > 0, x, 1.0), 1.0) / low
+
+
+def _decompose(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues [b, n] and vectors [b, n, n]; NaN for a matrix with a NaN or Inf, without an exception.
+
+    LAPACK raises on NaN, and an exception inside compiled code would end one rank and hang the others. A NaN
+    loss is seen by the trainer's check on the loss before the optimizer takes its step.
+    """
+    finite = torch.isfinite(matrices).all(dim=-1).all(dim=-1)
+    identity = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
+    safe = torch.where(finite[:, None, None], matrices, identity)
+    try:
+        eigenvalues, vectors = batched_eigh(safe)
+    except LinAlgError as error:
+        logger.error("eigh of %s finite matrices failed (%s); their loss is NaN", list(matrices.shape), error)
+        return torch.full_like(matrices[:, 0], torch.nan), torch.full_like(matrices, torch.nan)
+    return torch.where(finite[:, None], eigenvalues, torch.nan), vectors
+
+
+def eigh_logm(matrices: Tensor) -> Tensor:
+    """Matrix logarithm, [b, n, n] -> [b, n, n]."""
+    eigenvalues, vectors = _decompose(matrices)
+    return (vectors * eigenvalues.log()[:, None, :]) @ vectors.mT
+
+
+def eigh_logm_backward(matrices: Tensor, grad: Tensor) -> Tensor:
+    """Gradient in A of sum(grad * log A), all [b, n, n]."""
+    eigenvalues, vectors = _decompose(matrices)
+    return _spectral_gradient(eigenvalues, vectors, 0.5 * (grad + grad.mT))
+
+
+def eigh_loss(matrices: Tensor, target: Tensor, with_grad: bool) -> tuple[Tensor, Tensor]:
+    """||log A - T||_F^2 of each matrix, [b], and its gradient in A, [b, n, n] (or [0] if not wanted)."""
+    eigenvalues, vectors = _decompose(matrices)
+    difference = (vectors * eigenvalues.log()[:, None, :]) @ vectors.mT - target
+    distance = difference.square().sum(dim=(-2, -1))
+    if not with_grad:
+        return distance, matrices.new_empty(0)
+    return distance, _spectral_gradient(eigenvalues, vectors, 2 * difference)
+
+
+def _spectral_gradient(eigenvalues: Tensor, vectors: Tensor, upstream: Tensor) -> Tensor:
+    """U (Phi o (U^T G U)) U^T for symmetric G."""
+    inner = vectors.mT @ upstream @ vectors
+    return vectors @ (inner * loewner_matrix(eigenvalues)) @ vectors.mT

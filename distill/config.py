@@ -1,0 +1,318 @@
+"""The options of a training run: frozen dataclasses with the documented defaults, and the loss presets.
+
+Groups nest here and are flat on the command line: `TrainConfig.losses.dino_loss_weight` is
+`--dino_loss_weight`. Every field name is therefore unique over all groups.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pipeline.augmentation import Augmentation
+from pipeline.augmentation import preset as augmentation_preset
+from shards.errors import UserError
+
+DEFAULT_TEACHER = "vit_large_patch16_dinov3.lvd1689m"
+
+
+@dataclass(frozen=True)
+class StudentConfig:
+    """The student and its heads."""
+
+    arch: str = "vit_small"
+    """vit_tiny, vit_small, vit_base or vit_large (timm's DINOv3 family), or another timm Eva model with RoPE."""
+    patch_size: int = 16
+    """Side of a patch in pixels."""
+    embed_dim: int | None = None
+    """Width, if not the architecture's own."""
+    depth: int | None = None
+    """Number of blocks, if not the architecture's own."""
+    num_heads: int | None = None
+    """Attention heads, if not the architecture's own."""
+    layer_scale: float | None = None
+    """Initial LayerScale, if not the architecture's own (1e-5 in the DINOv3 family)."""
+    drop_path_rate: float = 0.0
+    """Stochastic depth. Meta's distillation uses none."""
+    head: Literal["linear", "mlp"] = "linear"
+    """linear: student width -> teacher width, sharing the frozen prototypes. mlp: DINO's three-layer head."""
+    mlp_head_hidden_dim: int = 2048
+    """Hidden width of the mlp head."""
+    mlp_head_bottleneck_dim: int = 256
+    """Width before the learned last layer of the mlp head."""
+    mask_student_input: bool = False
+    """Replace masked patches by the mask token. Off: masks only choose the iBOT tokens, as Meta distils."""
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """The frozen teacher and where its outputs come from."""
+
+    teacher: Literal["auto", "live", "cache"] = "auto"
+    """auto takes the cache when cache_path is given, else the live teacher."""
+    teacher_arch: str = DEFAULT_TEACHER
+    """A timm ViT by name, or local-dir:FOLDER (config.json and model.safetensors), or hf-hub:NAME."""
+    teacher_pretrained_weights: str | None = None
+    """A local file: Meta's .pth or timm's .safetensors. None downloads the weights that teacher_arch names."""
+    cache_path: str | None = None
+    """Folder written by `make cache`."""
+    view_sets: int | None = None
+    """View sets K with a live teacher: epoch e repeats the boxes of e mod K. None: fresh boxes every epoch.
+    With a cache, K is what the cache holds."""
+
+
+@dataclass(frozen=True)
+class PrototypeConfig:
+    """Prototypes of the DINO and iBOT targets, fitted once in the teacher's space and frozen."""
+
+    num_prototypes: int = 16384
+    """Prototypes for cls tokens, and as many for patch tokens."""
+    prototype_rows: int = 131072
+    """Images whose teacher tokens are read for the fit, at most."""
+    prototype_iterations: int = 20
+    """Iterations of spherical k-means."""
+    teacher_temp: Literal["schedule", "calibrated"] = "schedule"
+    """calibrated: the temperature at which the median top-1 mass of the targets is target_top1_mass."""
+    teacher_temp_start: float = 0.04
+    """Teacher temperature of the first step, by the schedule."""
+    teacher_temp_end: float = 0.07
+    """Teacher temperature after the warm-up."""
+    teacher_temp_warmup_epochs: float = 30.0
+    """Epochs from teacher_temp_start to teacher_temp_end."""
+    target_top1_mass: float = 0.6
+    """Median largest probability of a calibrated target."""
+    student_temp: float = 0.1
+    """Student temperature."""
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Weights of the loss terms. A term of weight 0 is not computed."""
+
+    dino_loss_weight: float = 1.0
+    """Prototype cross-entropy of cls tokens over all crops."""
+    ibot_loss_weight: float = 1.0
+    """Prototype cross-entropy of masked patch tokens."""
+    koleo_loss_weight: float = 0.1
+    """Kozachenko-Leonenko spread of student cls tokens."""
+    spd_loss_weight: float = 1.0
+    """Log-Euclidean distance between SPD matrices of patch tokens."""
+    cls_loss_weight: float = 1.0
+    """One minus the cosine of projected student and teacher cls tokens."""
+    patch_loss_weight: float = 0.0
+    """Baseline: cosine and smooth L1 on standardised patch tokens."""
+    mse_loss_weight: float = 0.0
+    """Baseline: Proteus' mean squared error on cls and patch tokens."""
+    gram_loss_weight: float = 0.0
+    """Baseline: DINOv3's mean squared error of patch Gram matrices."""
+    softmax_gram_loss_weight: float = 0.0
+    """Baseline: LightlyTrain's KL of softmax Gram matrices."""
+    dino_same_view: bool = False
+    """Also match a global crop with itself in the DINO loss."""
+    koleo_all_ranks: bool = True
+    """Search the nearest neighbour over all ranks: the loss does not depend on the number of GPUs."""
+    koleo_warmup_steps: int = 1000
+    """Steps over which the KoLeo weight rises from 0: with LayerScale 1e-5 all cls tokens start equal."""
+    spd_eps: float = 1.0
+    """Added to the diagonal of the token Gram matrix."""
+    spd_backend: Literal["auto", "eigh", "resolvent"] = "auto"
+    """Implementation of the matrix logarithm."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Optimizer and schedules."""
+
+    epochs: float = 100.0
+    """Passes over the data."""
+    max_steps: int | None = None
+    """Stop after so many steps instead; the schedules then end there."""
+    batch_size_per_gpu: int = 64
+    """Images per GPU and optimizer step."""
+    accumulation_steps: int = 1
+    """Micro-batches per optimizer step; must divide batch_size_per_gpu."""
+    lr: float = 5e-4
+    """Learning rate for 256 images."""
+    lr_scaling: Literal["linear", "sqrt"] = "linear"
+    """How lr grows with the global batch."""
+    min_lr: float = 1e-6
+    """Learning rate of the last step."""
+    warmup_epochs: float = 5.0
+    """Epochs of linear warm-up."""
+    weight_decay: float = 0.04
+    """Decoupled weight decay; none on biases, norms, tokens and LayerScale."""
+    beta1: float = 0.9
+    """AdamW's first moment decay."""
+    beta2: float = 0.999
+    """AdamW's second moment decay."""
+    clip_grad: float = 3.0
+    """Largest norm of the gradient; 0 is none."""
+    layer_decay: float = 1.0
+    """Learning-rate factor per block, from the last to the first."""
+    patch_embed_lr_scale: float = 0.2
+    """Learning-rate factor of the patch embedding."""
+    ema_momentum: float = 0.994
+    """Momentum of the student's EMA at the first step; it rises to 1 by a cosine. 0 keeps no EMA."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Shards, crops and the loader."""
+
+    data_path: str = ""
+    """Folder of training shards, written by `make shards`."""
+    val_data_path: str | None = None
+    """Folder of validation shards: k-NN during training and `make probe`."""
+    augmentation: str = "dino"
+    """Augmentation preset: dino or dinov2_released."""
+    global_crops_scale: tuple[float, float] = (0.4, 1.0)
+    """Share of the image's area in a global crop, least and most."""
+    global_crops_size: int = 224
+    """Side of a global crop in pixels."""
+    local_crops_scale: tuple[float, float] = (0.05, 0.4)
+    """Share of the image's area in a local crop, least and most."""
+    local_crops_number: int = 8
+    """Local crops of an image."""
+    local_crops_size: int = 96
+    """Side of a local crop in pixels."""
+    mask_patch_size: int = 32
+    """Side of a mask unit in pixels."""
+    mask_ratio: float = 0.4
+    """Share of masked units on a masked crop."""
+    flip_prob: float = 0.5
+    """Probability of a horizontal flip."""
+    teacher_photometric: bool = False
+    """The teacher sees the student's photometric distortions too; then all of them are replayed."""
+    backend: Literal["auto", "dali", "cpu", "torch"] = "auto"
+    """Who decodes and crops."""
+    num_threads: int = 4
+    """Decoding threads per GPU."""
+    on_bad_sample: Literal["raise", "skip"] = "raise"
+    """What to do with a sample that fails to decode."""
+
+
+@dataclass(frozen=True)
+class RuntimeConfig:
+    """Where and how the run executes and what it writes."""
+
+    output_dir: str = "runs/default"
+    """Folder of checkpoints, logs and config.json. The same command again resumes."""
+    seed: int = 0
+    """Seed of crops, order, masks, initialisation and dropout."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes a GPU where there is one."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Autocast of backbone and heads: bf16 on GPUs by default, fp32 on CPUs. The losses are always fp32."""
+    compile: bool = True
+    """torch.compile of the whole step; --no-compile runs eager."""
+    compile_backend: str = "inductor"
+    """Backend of torch.compile."""
+    check_compile: bool = False
+    """Compare the compiled gradients with eager ones on the first batch, per parameter, and stop if they differ."""
+    log_every: int = 50
+    """Steps between two lines of the log."""
+    term_gradients_every: int = 500
+    """Steps between two measurements of each term's gradient norm; 0 never."""
+    checkpoint_every: int = 1000
+    """Steps between two checkpoints."""
+    keep_checkpoints: int = 3
+    """Newest checkpoints to keep."""
+    keep_every: int = 0
+    """Also keep every checkpoint whose step is a multiple of this; 0 none."""
+    knn_every_epochs: float = 10.0
+    """Epochs between two k-NN evaluations on val_data_path; 0 never."""
+    knn_max_rows: int = 100_000
+    """Training rows in the k-NN bank during training, at most."""
+    tensorboard: bool = False
+    """Also write TensorBoard events (needs the tensorboard package)."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides a training run; saved as config.json in the run's folder."""
+
+    preset: str = "five"
+    """Loss preset: five, five_plus_patch, proteus, gram or lightly."""
+    data: DataConfig = field(default_factory=DataConfig)
+    student: StudentConfig = field(default_factory=StudentConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    prototypes: PrototypeConfig = field(default_factory=PrototypeConfig)
+    losses: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+
+    def crops(self) -> Augmentation:
+        """Return the crop plan's parameters: the preset with this run's sizes, scales and masks."""
+        data = self.data
+        return dataclasses.replace(
+            augmentation_preset(data.augmentation),
+            global_crops_size=data.global_crops_size,
+            global_crops_scale=data.global_crops_scale,
+            local_crops_size=data.local_crops_size,
+            local_crops_scale=data.local_crops_scale,
+            num_local_crops=data.local_crops_number,
+            patch_size=self.student.patch_size,
+            mask_patch_size=data.mask_patch_size,
+            mask_ratio=data.mask_ratio,
+            flip_prob=data.flip_prob,
+            teacher_photometric=data.teacher_photometric,
+        )
+
+    def uses_cache(self) -> bool:
+        """Return whether targets come from the cache; UserError where the flags contradict each other."""
+        source, path = self.teacher.teacher, self.teacher.cache_path
+        if source == "cache" and path is None:
+            raise UserError(
+                "--teacher cache: no cache_path was given. Pass --cache_path FOLDER (made by `make cache`) "
+                "or --teacher live."
+            )
+        return source == "cache" or (source == "auto" and path is not None)
+
+    def to_json(self) -> str:
+        """Return the resolved configuration as indented JSON, one flat object per group."""
+        return json.dumps(dataclasses.asdict(self), indent=2)
+
+    @staticmethod
+    def from_json(text: str) -> TrainConfig:
+        """Read what `to_json` wrote. Fields that are absent keep their defaults; unknown ones are an error."""
+        return _from_dict(TrainConfig, json.loads(text), "config.json")
+
+
+def _from_dict(cls: Any, values: dict[str, Any], where: str) -> Any:
+    known = {f.name: f for f in dataclasses.fields(cls)}
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise UserError(f"{where}: unknown fields {unknown}; this version knows {sorted(known)}.")
+    made = {}
+    for name, value in values.items():
+        default_factory = known[name].default_factory
+        if isinstance(default_factory, type) and isinstance(value, dict):
+            made[name] = _from_dict(default_factory, value, f"{where}: {name}")
+        else:
+            made[name] = tuple(value) if isinstance(value, list) else value
+    return cls(**made)
+
+
+def _baseline(**weights: float) -> LossConfig:
+    off = {f.name: 0.0 for f in dataclasses.fields(LossConfig) if f.name.endswith("_loss_weight")}
+    return dataclasses.replace(LossConfig(), **(off | weights))  # type: ignore[arg-type]
+
+
+LOSS_PRESETS: dict[str, Callable[[], LossConfig]] = {
+    "five": LossConfig,
+    "five_plus_patch": lambda: dataclasses.replace(LossConfig(), patch_loss_weight=1.0),
+    "proteus": lambda: _baseline(mse_loss_weight=1.0),
+    "gram": lambda: dataclasses.replace(LossConfig(), spd_loss_weight=0.0, gram_loss_weight=1.0),
+    "lightly": lambda: _baseline(cls_loss_weight=1.0, softmax_gram_loss_weight=1.0),
+}
+
+
+def preset(name: str) -> TrainConfig:
+    """Return the default configuration with the loss weights of a preset; UserError names the known ones."""
+    if name not in LOSS_PRESETS:
+        raise UserError(f"--preset {name}: unknown. Choose one of {', '.join(LOSS_PRESETS)}.")
+    return TrainConfig(preset=name, losses=LOSS_PRESETS[name]())

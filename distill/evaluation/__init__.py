@@ -1,0 +1,1 @@
+"""Frozen-feature evaluation: extraction, k-NN, linear probes, PCA, reports and figures."""

@@ -1,0 +1,141 @@
+"""Weighted k-nearest-neighbour classification of frozen features, as DINO evaluates it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from distill.evaluation.features import LabelledCrops, Normalise, extract_features
+from shards.errors import UserError
+
+TEMPERATURE = 0.07
+# Similarities held at once: 2^26 fp32 numbers are 256 MB.
+BLOCK_ELEMENTS = 2**26
+
+
+def knn_predict(
+    bank: Float[Tensor, "n d"],
+    bank_labels: Int64[Tensor, " n"],
+    queries: Float[Tensor, "q d"],
+    *,
+    k: Sequence[int],
+    temperature: float = TEMPERATURE,
+    queries_are_bank: bool = False,
+    block_elements: int = BLOCK_ELEMENTS,
+) -> dict[int, Int64[Tensor, " q"]]:
+    """Class of each query by the vote of its k nearest bank rows in cosine similarity.
+
+    A neighbour of similarity s votes exp(s / temperature) for its class (Wu et al. 2018, "Unsupervised feature
+    learning via non-parametric instance discrimination", as used by DINO, DINOv2 and DINOv3).
+
+    Args:
+        bank: features of the labelled images, any float dtype; normalised here.
+        bank_labels: their classes, 0 or above.
+        queries: features to classify, on the device of `bank`.
+        k: numbers of neighbours; one search serves all of them.
+        temperature: of the vote.
+        queries_are_bank: query i is bank row i, which is then no neighbour of itself.
+        block_elements: similarities computed at once; bounds the memory, not the result.
+
+    Returns:
+        For each k, the predicted class of each query, int64 [q], on the device of `bank`.
+
+    Raises:
+        UserError: a k is below 1 or above the number of possible neighbours.
+    """
+    available = len(bank) - int(queries_are_bank)
+    if not k or min(k) < 1 or max(k) > available:
+        raise UserError(
+            f"k-NN: k = {list(k)} with {available} possible neighbours. Each k must be from 1 to the number of "
+            f"labelled images. Choose a smaller k (--knn_k) or give more training images."
+        )
+    bank = F.normalize(bank.float(), dim=1)
+    num_classes = int(bank_labels.max()) + 1
+    rows_at_once = max(1, block_elements // max(len(bank), num_classes))
+    predictions: dict[int, list[Tensor]] = {each: [] for each in k}
+    for start in range(0, len(queries), rows_at_once):
+        block = F.normalize(queries[start : start + rows_at_once].float(), dim=1)
+        similarity = block @ bank.T  # [r, n]
+        if queries_are_bank:
+            own = torch.arange(len(block), device=block.device)
+            similarity[own, own + start] = -torch.inf
+        nearest, index = similarity.topk(max(k), dim=1)
+        votes = ((nearest - 1) / temperature).exp()  # shifted by the greatest similarity: only ratios count
+        labels = bank_labels[index]
+        for each in predictions:
+            tally = votes.new_zeros(len(block), num_classes)
+            tally.scatter_add_(1, labels[:, :each], votes[:, :each])
+            predictions[each].append(tally.argmax(dim=1))
+    empty = bank_labels.new_empty(0)
+    return {each: torch.cat([empty, *parts]) for each, parts in predictions.items()}
+
+
+def knn_accuracy(
+    bank: Float[Tensor, "n d"],
+    bank_labels: Int64[Tensor, " n"],
+    queries: Float[Tensor, "q d"],
+    query_labels: Int64[Tensor, " q"],
+    *,
+    k: Sequence[int],
+    temperature: float = TEMPERATURE,
+    queries_are_bank: bool = False,
+) -> dict[int, float]:
+    """Top-1 accuracy in percent for each k; see `knn_predict`.
+
+    Raises:
+        UserError: no query, or a label is unknown (negative).
+    """
+    if len(queries) == 0 or min(int(bank_labels.min()), int(query_labels.min())) < 0:
+        raise UserError(
+            f"k-NN: {len(queries)} queries, {int((query_labels < 0).sum())} of them and "
+            f"{int((bank_labels < 0).sum())} of {len(bank_labels)} bank images without a class. "
+            "Accuracy needs at least one query and a class for every image. Leave unlabelled rows out."
+        )
+    predictions = knn_predict(
+        bank, bank_labels, queries, k=k, temperature=temperature, queries_are_bank=queries_are_bank
+    )
+    return {
+        each: 100 * (predicted == query_labels).double().mean().item()
+        for each, predicted in predictions.items()
+    }
+
+
+def knn_top1(
+    model: nn.Module,
+    bank: Iterable[LabelledCrops],
+    queries: Iterable[LabelledCrops],
+    *,
+    normalise: Normalise,
+    device: torch.device | str,
+    dtype: torch.dtype = torch.float32,
+    k: int = 20,
+    temperature: float = TEMPERATURE,
+) -> float:
+    """Top-1 accuracy in percent of a model's cls token, cheap enough to run every few epochs of training.
+
+    Args:
+        model: a timm ViT; its training mode is restored.
+        bank: labelled centre crops that vote, as `pipeline.loader.read_center_crops` yields them.
+        queries: labelled centre crops to classify, of other rows or other shards.
+        normalise: uint8 NHWC to float NCHW.
+        device: where the model is.
+        dtype: compute dtype.
+        k: number of neighbours; the bank's size where that is smaller.
+        temperature: of the vote.
+    """
+    known = extract_features(model, bank, normalise=normalise, device=device, dtype=dtype)
+    asked = extract_features(model, queries, normalise=normalise, device=device, dtype=dtype)
+    k = min(k, len(known.labels))
+    accuracy = knn_accuracy(
+        known.cls[:, -1].to(device),
+        known.labels.to(device),
+        asked.cls[:, -1].to(device),
+        asked.labels.to(device),
+        k=[k],
+        temperature=temperature,
+    )
+    return accuracy[k]

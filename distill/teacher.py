@@ -1,0 +1,152 @@
+"""The frozen teacher: a timm ViT, its final-norm tokens, and the fingerprint a cache is bound to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import UInt8
+from timm.layers import RotaryEmbeddingDinoV3
+from torch import Tensor, nn
+
+from distill.config import TeacherConfig
+from distill.models import create_vit
+from distill.targets import TeacherTargets
+from distill.weights import load_weights, state_dict_sha256
+from pipeline.batch import normalise
+from shards.errors import UserError
+
+LOCAL_DIR = "local-dir:"
+
+
+class FrozenTeacher:
+    """A frozen ViT that turns global crops into `TeacherTargets`.
+
+    Attributes:
+        model: the timm ViT, eval mode, no gradient.
+        arch: its name.
+        embed_dim: width of its tokens.
+        dtype: compute dtype, bf16 on CUDA and fp32 on the CPU unless given.
+        img_size: side of the crops in pixels.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        arch: str,
+        img_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        round_rope_periods: bool = False,
+    ):
+        self.model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+        _restore_rope_table(self.model, round_rope_periods)
+        self.arch = arch
+        self.img_size = img_size
+        self.dtype = dtype
+        self.device = device
+        self.embed_dim = int(model.embed_dim)  # type: ignore[arg-type]
+        self.num_prefix_tokens = int(model.num_prefix_tokens)  # type: ignore[arg-type]
+        config: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
+        self.mean: tuple[float, float, float] = tuple(config["mean"])  # type: ignore[assignment]
+        self.std: tuple[float, float, float] = tuple(config["std"])  # type: ignore[assignment]
+        self._tokens = self._forward
+
+    def compile(self, backend: str = "inductor") -> None:
+        """Compile the forward pass for the one crop size it will see."""
+        self._tokens = torch.compile(self._forward, backend=backend, fullgraph=True, dynamic=False)  # type: ignore[method-assign]
+
+    def num_patches(self) -> int:
+        """Return the number of patch tokens of one crop."""
+        patch = self.model.patch_embed.patch_size  # type: ignore[union-attr]
+        return (self.img_size // int(patch[0])) * (self.img_size // int(patch[1]))  # type: ignore[index,arg-type]
+
+    @torch.no_grad()
+    def __call__(self, crops: UInt8[Tensor, "gb G G 3"], num_crops: int = 2) -> TeacherTargets:
+        """Return the final-norm tokens of `num_crops` crops of each image.
+
+        Args:
+            crops: uint8 [num_crops * b, G, G, 3], crop-major, undistorted.
+            num_crops: global crops of an image.
+
+        Returns:
+            Image-major targets in `dtype`: cls [b, num_crops, d], patches [b, num_crops, n, d].
+        """
+        if crops.shape[1:3] != (self.img_size, self.img_size):
+            raise UserError(
+                f"teacher {self.arch}: crops of {tuple(crops.shape[1:3])} pixels, it was made for {self.img_size}. "
+                "Give the teacher and the loader the same global_crops_size."
+            )
+        tokens = self._tokens(crops)
+        tokens = tokens.unflatten(0, (num_crops, -1)).transpose(0, 1)  # [b, g, t, d]
+        return TeacherTargets(cls=tokens[:, :, 0], patches=tokens[:, :, self.num_prefix_tokens :])
+
+    def _forward(self, crops: Tensor) -> Tensor:
+        return self.model.forward_features(  # type: ignore[operator]
+            normalise(crops, mean=self.mean, std=self.std, dtype=self.dtype)
+        )
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return what decides this teacher's outputs on given crops; a cache with another one is refused."""
+        rope = getattr(self.model, "rope", None)
+        return {
+            "architecture": self.arch.removeprefix(LOCAL_DIR).rstrip("/").rsplit("/", 1)[-1],
+            "state_dict_sha256": state_dict_sha256(self.model),
+            "feature_point": "final-norm cls token and patch tokens",
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "img_size": self.img_size,
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "rope_periods": rope.periods.tolist() if isinstance(rope, RotaryEmbeddingDinoV3) else None,
+        }
+
+
+def load_teacher(
+    config: TeacherConfig, *, img_size: int, device: torch.device, dtype: torch.dtype | None = None
+) -> FrozenTeacher:
+    """Load the frozen teacher from the hub by name, from a local file or from a local folder.
+
+    Args:
+        config: `teacher_arch` and `teacher_pretrained_weights`.
+        img_size: side of the global crops in pixels.
+        device: where it runs.
+        dtype: compute dtype; bf16 on CUDA and fp32 on the CPU by default.
+
+    Raises:
+        UserError: unknown architecture, unreadable weights, or keys and shapes that do not fit.
+    """
+    arch, weights = config.teacher_arch, config.teacher_pretrained_weights
+    try:
+        # A fixed image size makes timm compute the RoPE table once, not at every forward pass.
+        model = create_vit(
+            arch, pretrained=weights is None, model_args={"img_size": img_size, "dynamic_img_size": False}
+        )
+    except (OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"--teacher_arch {arch}: its weights could not be downloaded ({str(error).splitlines()[0]}). Give a "
+            "local file with --teacher_pretrained_weights (Meta's .pth or timm's .safetensors)."
+        ) from error
+    if weights is not None:
+        load_weights(model, weights)
+    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    # Meta released DINOv3 with RoPE periods rounded to bf16; a local folder holds a model trained otherwise.
+    rounded = not arch.startswith(LOCAL_DIR)
+    return FrozenTeacher(
+        model, arch=arch, img_size=img_size, dtype=dtype, device=device, round_rope_periods=rounded
+    )
+
+
+def _restore_rope_table(model: nn.Module, round_periods: bool) -> None:
+    """Recompute RoPE's table in fp32, which a cast of the model to bf16 would have rounded.
+
+    With periods rounded to bf16, as in Meta's release, timm's DINOv3 equals Meta's code to the bit.
+    """
+    rope = getattr(model, "rope", None)
+    if isinstance(rope, RotaryEmbeddingDinoV3) and rope.feat_shape is not None:
+        periods = rope._compute_periods(device=rope.periods.device)
+        rope.periods.copy_(periods.bfloat16().float() if round_periods else periods)
+        table = rope._create_embed(rope.feat_shape, no_aug=True)
+        rope.register_buffer("pos_embed_cached", table, persistent=False)

@@ -1,0 +1,116 @@
+"""Reads ViT weights from disk, strictly: Meta's .pth key layout, timm's safetensors, never a pickle."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from shards.errors import UserError
+
+StateDict = dict[str, Tensor]
+
+# Present in Meta's files and without a counterpart in timm's models: training-only or recomputed buffers.
+_META_TRAINING_ONLY = ("mask_token", "rope_embed.periods", "local_cls_norm.weight", "local_cls_norm.bias")
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Load a local checkpoint into a timm ViT, with every key accounted for.
+
+    Args:
+        model: a timm ViT; changed in place.
+        path: `.safetensors` in timm's layout, or `.pth` / `.pt` in Meta's DINOv3 layout or timm's.
+
+    Raises:
+        UserError: the file is missing, not a plain state dict, or its keys or shapes differ from the
+            model's; the message lists them.
+    """
+    path = Path(path)
+    state = read_state_dict(path)
+    if "storage_tokens" in state:
+        state = meta_to_timm(state, has_qkv_bias="blocks.0.attn.q_bias" in model.state_dict(), where=str(path))
+    problems = _differences(model.state_dict(), state)
+    if problems:
+        raise UserError(
+            f"{path}: the weights do not fit the model:\n  " + "\n  ".join(problems) + "\n"
+            "Check that the architecture is the one these weights were made for."
+        )
+    model.load_state_dict(state, strict=True)
+
+
+def read_state_dict(path: Path) -> StateDict:
+    """Read a state dict without unpickling anything; UserError says what the file is instead."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file. Pass the path of a .pth or .safetensors checkpoint.")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise UserError(
+            f"{path}: not a readable checkpoint ({str(error).splitlines()[0]}). Download it again, or save "
+            "its state dict alone with torch.save or safetensors."
+        ) from error
+    for wrapper in ("model", "state_dict"):
+        if isinstance(loaded, dict) and isinstance(loaded.get(wrapper), dict):
+            loaded = loaded[wrapper]
+    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
+        raise UserError(f"{path}: holds no plain state dict (names to tensors). Save the model's state dict alone.")
+    return loaded
+
+
+def meta_to_timm(state: StateDict, *, has_qkv_bias: bool, where: str) -> StateDict:
+    """Rename the keys of Meta's DINOv3 release to timm's.
+
+    `qkv.bias` counts only where `qkv.bias_mask` is not zero (Meta masks the bias of the keys). A model without
+    these biases accepts them only when they are zero, as they are in the distilled releases.
+    """
+    renamed: StateDict = {}
+    for key, value in state.items():
+        if key in _META_TRAINING_ONLY or key.endswith("qkv.bias_mask"):
+            continue
+        if key.endswith("qkv.bias"):
+            mask = state.get(key + "_mask")
+            bias = value if mask is None else torch.where(mask == 0, torch.zeros_like(value), value)
+            q_bias, k_bias, v_bias = bias.chunk(3)
+            if torch.count_nonzero(k_bias) or (
+                not has_qkv_bias and (torch.count_nonzero(q_bias) or torch.count_nonzero(v_bias))
+            ):
+                raise UserError(
+                    f"{where}: {key} is not zero and the model has no place for it. "
+                    "Use the _qkvb variant of the architecture."
+                )
+            if has_qkv_bias:
+                renamed[key.replace("qkv.bias", "q_bias")] = q_bias
+                renamed[key.replace("qkv.bias", "v_bias")] = v_bias
+            continue
+        key = key.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2")
+        key = key.replace("storage_tokens", "reg_token")
+        key = key.replace("mlp.w1.", "mlp.fc1_g.").replace("mlp.w2.", "mlp.fc1_x.").replace("mlp.w3.", "mlp.fc2.")
+        renamed[key] = value
+    return renamed
+
+
+def state_dict_sha256(model: nn.Module) -> str:
+    """Return the sha256 over names, dtypes, shapes and bytes of a state dict, in sorted order of names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _differences(expected: StateDict, found: StateDict) -> list[str]:
+    missing = [f"missing: {key} {tuple(expected[key].shape)}" for key in sorted(set(expected) - set(found))]
+    extra = [f"not in the model: {key} {tuple(found[key].shape)}" for key in sorted(set(found) - set(expected))]
+    misshapen = [
+        f"{key}: the file has {tuple(found[key].shape)}, the model {tuple(expected[key].shape)}"
+        for key in sorted(set(expected) & set(found))
+        if expected[key].shape != found[key].shape
+    ]
+    return missing + extra + misshapen

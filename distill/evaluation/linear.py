@@ -1,0 +1,219 @@
+"""Linear probe: logistic regression on frozen features, its strength chosen on a held-out part of train."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from distill.evaluation import sgd_probe
+from distill.evaluation.features import Features, FeatureSet
+from distill.evaluation.lbfgs import fit_logistic
+from distill.evaluation.split import held_out_split
+from shards.errors import UserError
+
+
+@dataclass(frozen=True)
+class LbfgsProtocol:
+    """Logistic regression by L-BFGS on standardised features.
+
+    Attributes:
+        regularisations: lambda of mean cross-entropy + lambda / 2 ||W||^2, fitted all at once.
+        tolerance: on the largest gradient entry.
+        max_iterations: limit of L-BFGS iterations.
+    """
+
+    regularisations: tuple[float, ...] = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+    tolerance: float = 1e-5
+    max_iterations: int = 1000
+
+
+@dataclass(frozen=True)
+class LinearProtocol:
+    """How the linear classifier is fitted and chosen.
+
+    Attributes:
+        solver: "lbfgs" or "sgd".
+        held_out: share of train that chooses lambda, learning rate and feature set.
+        seed: of the held-out split, and of SGD's initialisation and order.
+        lbfgs: settings of that solver.
+        sgd: settings of that solver.
+    """
+
+    solver: str = "lbfgs"
+    held_out: float = 0.1
+    seed: int = 0
+    lbfgs: LbfgsProtocol = field(default_factory=LbfgsProtocol)
+    sgd: sgd_probe.SgdProtocol = field(default_factory=sgd_probe.SgdProtocol)
+
+
+@dataclass(frozen=True)
+class LinearResult:
+    """One feature set's linear accuracy.
+
+    Attributes:
+        features: name of the feature set.
+        top1: percent on val, of the classifier fitted on all of train.
+        held_out_top1: percent on the held-out part, of the classifier that was chosen there.
+        setting: the chosen lambda or base learning rate.
+        at_grid_edge: the choice is the smallest or the largest offered: the best may lie outside.
+        unconverged: how many of the fits, the last one included, reached the iteration limit (L-BFGS).
+    """
+
+    features: str
+    top1: float
+    held_out_top1: float
+    setting: float
+    at_grid_edge: bool
+    unconverged: int
+
+
+def linear_probe(
+    train: Features,
+    val: Features,
+    *,
+    sets: Sequence[FeatureSet],
+    protocol: LinearProtocol,
+    device: torch.device | str,
+) -> list[LinearResult]:
+    """Fit and score each feature set; the one to report is `best_result`.
+
+    The classifier of each lambda (or learning rate) is fitted on train less the held-out part, the best one on
+    the held-out part is chosen (the strongest lambda, or the smallest rate, of equals), fitted again on all of
+    train and scored once on val. Val takes no part in any choice. Classes are those of train; a val image of
+    another class counts as an error.
+
+    Args:
+        train: features to fit on, every row labelled.
+        val: features to score, every row labelled.
+        sets: feature sets, each fitted by itself.
+        protocol: solver, grid and split.
+        device: where the arithmetic runs, in fp32.
+
+    Raises:
+        UserError: unknown solver, no feature set, an unlabelled row, one class only, or too few rows to split.
+    """
+    if protocol.solver not in ("lbfgs", "sgd"):
+        raise UserError(
+            f"linear probe: solver {protocol.solver!r} is not known. Choose lbfgs or sgd (--protocol)."
+        )
+    if not sets:
+        raise UserError(
+            "linear probe: no feature set to fit; the model has fewer blocks than every value of --layers. "
+            "Add 1 to --layers."
+        )
+    classes = train.labels.unique()
+    if len(classes) < 2 or int(classes.min()) < 0 or len(val.labels) == 0 or int(val.labels.min()) < 0:
+        raise UserError(
+            f"linear probe: {len(classes)} classes in train, {int((train.labels < 0).sum())} train and "
+            f"{int((val.labels < 0).sum())} of {len(val.labels)} val rows without one. It needs two classes or "
+            "more and a class for every row. Leave unlabelled rows out."
+        )
+    fit_rows, held_rows = held_out_split(train.labels.numpy(), fraction=protocol.held_out, seed=protocol.seed)
+    # Held-out rows go last, so that fitting and held-out parts are views of one matrix, not copies of it.
+    order = torch.cat([torch.from_numpy(fit_rows), torch.from_numpy(held_rows)])
+    labels = torch.searchsorted(classes, train.labels[order])  # 0 .. c - 1
+    solve = _solve_lbfgs if protocol.solver == "lbfgs" else _solve_sgd
+    results = []
+    for feature_set in sets:
+        data = _Data(
+            train=feature_set.of(train)[order].to(device),
+            labels=labels.to(device),
+            num_fit=len(fit_rows),
+            val=feature_set.of(val).to(device),
+            val_labels=val.labels.to(device),
+            classes=classes.to(device),
+        )
+        results.append(solve(feature_set.name, data, protocol))
+    return results
+
+
+def best_result(results: Sequence[LinearResult]) -> LinearResult:
+    """The result to report: the first of those best on the held-out part, never the best on val."""
+    return max(results, key=lambda result: result.held_out_top1)
+
+
+@dataclass(frozen=True)
+class _Data:
+    train: Float[Tensor, "n d"]
+    labels: Int64[Tensor, " n"]
+    num_fit: int
+    val: Float[Tensor, "m d"]
+    val_labels: Int64[Tensor, " m"]
+    classes: Int64[Tensor, " c"]
+
+
+def _solve_lbfgs(name: str, data: _Data, protocol: LinearProtocol) -> LinearResult:
+    settings = protocol.lbfgs
+    # Strongest first: of equal accuracies on the held-out part, the first is taken.
+    grid = sorted(settings.regularisations, reverse=True)
+    mean, scale = _standardisation(data.train[: data.num_fit])
+    train = (data.train - mean) * scale
+    common = {
+        "num_classes": len(data.classes),
+        "tolerance": settings.tolerance,
+        "max_iterations": settings.max_iterations,
+    }
+    fits = fit_logistic(
+        train[: data.num_fit], data.labels[: data.num_fit], regularisations=grid, **common  # type: ignore[arg-type]
+    )
+    correct = fits.predict(train[data.num_fit :]) == data.labels[data.num_fit :]
+    held_out = 100 * correct.double().mean(dim=1)
+    chosen = int(held_out.argmax())
+    one = slice(chosen, chosen + 1)
+    start = type(fits)(fits.weight[one], fits.bias[one], fits.loss[one], fits.converged[one], 0)
+    final = fit_logistic(train, data.labels, regularisations=grid[one], start=start, **common)  # type: ignore[arg-type]
+    predicted = data.classes[final.predict((data.val - mean) * scale)[0]]
+    return LinearResult(
+        features=name,
+        top1=100 * (predicted == data.val_labels).double().mean().item(),
+        held_out_top1=held_out[chosen].item(),
+        setting=grid[chosen],
+        at_grid_edge=len(grid) > 1 and chosen in (0, len(grid) - 1),
+        unconverged=int((~fits.converged).sum()) + int((~final.converged).sum()),
+    )
+
+
+def _solve_sgd(name: str, data: _Data, protocol: LinearProtocol) -> LinearResult:
+    rates = sorted(protocol.sgd.learning_rates)
+    fits = sgd_probe.fit_sgd(
+        data.train[: data.num_fit],
+        data.labels[: data.num_fit],
+        num_classes=len(data.classes),
+        learning_rates=rates,
+        protocol=protocol.sgd,
+        seed=protocol.seed,
+    )
+    correct = fits.predict(data.train[data.num_fit :]) == data.labels[data.num_fit :]
+    held_out = 100 * correct.double().mean(dim=1)
+    chosen = int(held_out.argmax())
+    final = sgd_probe.fit_sgd(
+        data.train,
+        data.labels,
+        num_classes=len(data.classes),
+        learning_rates=[rates[chosen]],
+        protocol=protocol.sgd,
+        seed=protocol.seed,
+    )
+    predicted = data.classes[final.predict(data.val)[0]]
+    return LinearResult(
+        features=name,
+        top1=100 * (predicted == data.val_labels).double().mean().item(),
+        held_out_top1=held_out[chosen].item(),
+        setting=rates[chosen],
+        at_grid_edge=len(rates) > 1 and chosen in (0, len(rates) - 1),
+        unconverged=0,
+    )
+
+
+def _standardisation(features: Float[Tensor, "n d"]) -> tuple[Float[Tensor, " d"], Float[Tensor, " d"]]:
+    """Mean and 1 / standard deviation of each channel; a constant channel is scaled by 1.
+
+    Every model gets the same grid of lambdas, whatever the scale of its features, and L-BFGS is well conditioned.
+    """
+    variance, mean = torch.var_mean(features, dim=0, correction=0)
+    tiny = torch.finfo(features.dtype).eps * variance.max()
+    return mean, torch.where(variance > tiny, variance.clamp_min(tiny), 1.0).rsqrt()

@@ -1,0 +1,96 @@
+"""Colours patch features by their first three principal components, one basis for all models."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from distill.evaluation.metrics import fit_linear_map
+from shards.errors import UserError
+
+# The range that colours span: outliers beyond it saturate, so that one patch does not grey the rest.
+LOW, HIGH = 0.02, 0.98
+
+
+@dataclass(frozen=True)
+class PatchBasis:
+    """Three principal components of the teacher's patch tokens, and their range.
+
+    Attributes:
+        mean: [d].
+        components: unit rows, the strongest first, signs fixed, [3, d].
+        low: score that becomes 0 in each channel, [3].
+        high: score that becomes 1, [3].
+    """
+
+    mean: Float[Tensor, " d"]
+    components: Float[Tensor, "3 d"]
+    low: Float[Tensor, " 3"]
+    high: Float[Tensor, " 3"]
+
+    def scores(self, tokens: Float[Tensor, "*n d"]) -> Float[Tensor, "*n 3"]:
+        """Coordinates in the basis."""
+        return (tokens.float() - self.mean) @ self.components.T
+
+    def colours(self, tokens: Float[Tensor, "*n d"]) -> Float[Tensor, "*n 3"]:
+        """RGB in 0..1."""
+        return ((self.scores(tokens) - self.low) / (self.high - self.low)).clamp(0, 1)
+
+
+def fit_patch_basis(teacher_tokens: Float[Tensor, "b n d"]) -> PatchBasis:
+    """Principal components of teacher patch tokens, with the same signs on every machine and run.
+
+    A component's sign is that which makes its largest entry (by absolute value) positive.
+
+    Args:
+        teacher_tokens: patch tokens of some images; at least four tokens.
+
+    Raises:
+        UserError: fewer tokens or channels than three components need.
+    """
+    tokens = teacher_tokens.flatten(0, 1).double()
+    if min(len(tokens) - 1, tokens.shape[1]) < 3:
+        raise UserError(
+            f"PCA: {len(tokens)} patch tokens of dimension {tokens.shape[1]}. Three components need four tokens "
+            "and three dimensions. Give more images."
+        )
+    mean = tokens.mean(dim=0)
+    centred = tokens - mean
+    # The covariance is d x d whatever the number of tokens; eigenvalues ascend.
+    components = torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -3:].T.flip(0)
+    largest = components.abs().argmax(dim=1, keepdim=True)
+    components = components * components.gather(1, largest).sign()
+    scores = centred @ components.T
+    low, high = (quantile(scores, share) for share in (LOW, HIGH))
+    high = torch.maximum(high, low + torch.finfo(torch.float32).eps)
+    return PatchBasis(mean.float(), components.float(), low.float(), high.float())
+
+
+def quantile(scores: Float[Tensor, "n 3"], share: float) -> Float[Tensor, " 3"]:
+    """The value below which `share` of each column lies, without torch.quantile's limit on the size."""
+    ordered = scores.sort(dim=0).values
+    return ordered[round(share * (len(ordered) - 1))]
+
+
+def map_to_teacher(
+    student_fit: Float[Tensor, "b n d"],
+    teacher_fit: Float[Tensor, "b n e"],
+    student_tokens: Float[Tensor, "m n d"],
+    *,
+    ridge: float = 1e-3,
+) -> Float[Tensor, "m n e"]:
+    """Student patch tokens in the teacher's space, by a ridge map fitted on other images.
+
+    Fitted on images other than those shown: a map with more coefficients than tokens would paint the teacher's
+    picture from any features. Both models need the same patch grid.
+    """
+    if student_fit.shape[:2] != teacher_fit.shape[:2]:
+        raise UserError(
+            f"PCA: the student has {student_fit.shape[1]} patches an image, the teacher {teacher_fit.shape[1]}. "
+            "One basis needs one grid. Compare models of the same patch size."
+        )
+    mapping = fit_linear_map(student_fit.flatten(0, 1), teacher_fit.flatten(0, 1), ridge=ridge)
+    return mapping(student_tokens)

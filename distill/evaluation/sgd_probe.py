@@ -1,0 +1,93 @@
+"""Linear classifiers by SGD for a grid of learning rates at once, after DINOv2's linear evaluation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from distill.evaluation.lbfgs import LogisticFit
+
+DINOV2_LEARNING_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
+
+
+@dataclass(frozen=True)
+class SgdProtocol:
+    """DINOv2's settings, on fixed centre-crop features: there is no augmentation here.
+
+    Attributes:
+        learning_rates: base rates; the rate is base * batch_size / 256.
+        steps: optimizer steps (10 epochs of 1,250 in DINOv2).
+        batch_size: rows a step; all rows where there are fewer.
+        momentum: of SGD; no weight decay.
+    """
+
+    learning_rates: tuple[float, ...] = DINOV2_LEARNING_RATES
+    steps: int = 12_500
+    batch_size: int = 1024
+    momentum: float = 0.9
+
+
+def fit_sgd(
+    features: Float[Tensor, "n d"],
+    labels: Int64[Tensor, " n"],
+    *,
+    num_classes: int,
+    learning_rates: Sequence[float],
+    protocol: SgdProtocol,
+    seed: int,
+) -> LogisticFit:
+    """Train one linear classifier a learning rate, all on the same batches.
+
+    SGD with momentum, cosine decay to zero over the steps, weights from N(0, 0.01^2), biases zero. Rows are
+    reshuffled every epoch; an epoch's last partial batch is dropped.
+
+    Args:
+        features: fp32 [n, d], as extracted (not standardised).
+        labels: 0 .. num_classes - 1.
+        num_classes: c.
+        learning_rates: base rates, one classifier each.
+        protocol: steps, batch size and momentum.
+        seed: of initialisation and order; drawn on the CPU, so it does not depend on the device.
+
+    Returns:
+        The classifiers; `loss` is the mean cross-entropy of the last batch, `converged` is true of all.
+    """
+    batch_size = min(protocol.batch_size, len(labels))
+    generator = torch.Generator().manual_seed(seed)
+    shape = (num_classes, features.shape[1])
+    initial = torch.randn(shape, generator=generator) * 0.01
+    weight = initial.to(features).repeat(len(learning_rates), 1, 1)  # [p, c, d]
+    bias = features.new_zeros(len(learning_rates), num_classes)
+    weight_velocity, bias_velocity = torch.zeros_like(weight), torch.zeros_like(bias)
+    peak = torch.tensor(list(learning_rates)).to(features) * (batch_size / 256)
+    order, place = torch.empty(0, dtype=torch.int64), 0
+    loss = features.new_zeros(len(learning_rates))
+    for step in range(protocol.steps):
+        if place + batch_size > len(order):
+            order, place = torch.randperm(len(labels), generator=generator), 0
+        rows = order[place : place + batch_size].to(features.device)
+        place += batch_size
+        batch, target = features[rows], labels[rows]
+        logits = torch.einsum("rd,pcd->prc", batch, weight) + bias[:, None]
+        log_probs = logits.log_softmax(dim=2)
+        index = target[None, :, None].expand(len(learning_rates), -1, 1)
+        error = log_probs.exp().scatter_add(2, index, torch.full_like(logits[:, :, :1], -1.0)) / batch_size
+        weight_velocity.mul_(protocol.momentum).add_(torch.einsum("prc,rd->pcd", error, batch))
+        bias_velocity.mul_(protocol.momentum).add_(error.sum(dim=1))
+        rate = peak * (0.5 * (1 + math.cos(math.pi * step / protocol.steps)))
+        weight -= rate[:, None, None] * weight_velocity
+        bias -= rate[:, None] * bias_velocity
+        if step == protocol.steps - 1:
+            loss = -log_probs.gather(2, index).mean(dim=(1, 2))
+    return LogisticFit(
+        weight=weight,
+        bias=bias,
+        loss=loss.double(),
+        converged=torch.ones(len(learning_rates), dtype=torch.bool, device=features.device),
+        iterations=protocol.steps,
+    )

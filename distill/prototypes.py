@@ -1,0 +1,250 @@
+"""Frozen prototypes in the teacher's space: spherical k-means, fixed centring, calibrated temperatures.
+
+Public DINOv3 weights hold no DINO or iBOT head, and a random head gives targets of almost maximal entropy.
+So the prototypes are fitted once to the teacher's own tokens. The target is
+`softmax((W norm(f - mu) - c) / tau_t)`: W the prototypes, mu the mean token, c the mean logit, which is what
+DINO's EMA centring converges to when teacher and data are frozen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from distill.config import PrototypeConfig
+from distill.targets import TeacherTargets
+from shards.errors import UserError
+
+FORMAT_VERSION = 1
+_ASSIGN_CHUNK = 8192
+# 2 tokens of 2 crops of 131,072 images are 32 a prototype, and 2 GB at width 1024.
+_PATCHES_PER_CROP = 2
+
+
+class PrototypeBank(nn.Module):
+    """Prototypes of one kind of token, with all that turns a teacher token into a target.
+
+    Buffers: `weight` [k, d], unit rows; `mean` [d]; `std` [d]; `centre` [k]; `calibrated_temp` [].
+    """
+
+    weight: Tensor
+    mean: Tensor
+    std: Tensor
+    centre: Tensor
+    calibrated_temp: Tensor
+
+    def __init__(self, num_prototypes: int, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.zeros(num_prototypes, dim))
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("std", torch.ones(dim))
+        self.register_buffer("centre", torch.zeros(num_prototypes))
+        self.register_buffer("calibrated_temp", torch.zeros(()))
+
+    def logits(self, tokens: Float[Tensor, "*b d"]) -> Float[Tensor, "*b k"]:
+        """Return cosines of centred tokens to the prototypes, in fp32."""
+        unit = F.normalize(tokens.float() - self.mean, dim=-1)
+        return F.linear(unit.to(self.weight.dtype), self.weight).float()
+
+    def targets(self, tokens: Float[Tensor, "*b d"], temperature: Tensor) -> Float[Tensor, "*b k"]:
+        """Return the teacher's target distribution at `temperature` (a 0-d tensor), in fp32."""
+        return F.softmax((self.logits(tokens) - self.centre) / temperature, dim=-1)
+
+    def standardise(self, tokens: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
+        """Return tokens with the teacher's mean and standard deviation taken out, in fp32."""
+        return (tokens.float() - self.mean) / self.std
+
+
+@dataclass(frozen=True)
+class Prototypes:
+    """The two banks and the identity of what they were fitted to."""
+
+    cls: PrototypeBank
+    patch: PrototypeBank
+    fingerprint: dict[str, Any]
+
+
+def fit_prototypes(
+    stream: Iterable[TeacherTargets],
+    config: PrototypeConfig,
+    *,
+    seed: int,
+    fingerprint: dict[str, Any],
+    device: torch.device,
+) -> Prototypes:
+    """Fit both banks to streamed teacher tokens.
+
+    Args:
+        stream: teacher targets, in a fixed order; read until `config.prototype_rows` images were seen.
+        config: number of prototypes, iterations and the calibration's target.
+        seed: seed of the choice of patch tokens and of the initial prototypes.
+        fingerprint: what the tokens were made from (teacher, crops, data); saved along.
+        device: where k-means runs.
+
+    Raises:
+        UserError: fewer tokens than prototypes.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    cls, patches = _collect(stream, config, generator)
+    banks = [
+        _fit_bank(tokens.to(device), config, generator, name) for name, tokens in (("cls", cls), ("patch", patches))
+    ]
+    return Prototypes(banks[0], banks[1], fingerprint)
+
+
+def save_prototypes(prototypes: Prototypes, path: Path) -> None:
+    """Write both banks and the fingerprint as safetensors: temporary name, fsync, rename."""
+    tensors = {
+        f"{name}.{key}": value.cpu().contiguous()
+        for name in ("cls", "patch")
+        for key, value in getattr(prototypes, name).state_dict().items()
+    }
+    metadata = {
+        "format_version": str(FORMAT_VERSION),
+        "fingerprint": json.dumps(prototypes.fingerprint, sort_keys=True),
+        "sha256": _tensors_sha256(tensors),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".tmp{os.getpid()}")
+    save_file(tensors, temporary, metadata=metadata)
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def load_prototypes(path: Path, *, expect: dict[str, Any] | None = None) -> Prototypes:
+    """Read what `save_prototypes` wrote.
+
+    Args:
+        path: the safetensors file.
+        expect: fingerprint that the prototypes must have been fitted to.
+
+    Raises:
+        UserError: the file is damaged, or was fitted to something else; the message names each difference.
+    """
+    advice = "Delete the file to fit the prototypes again."
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    except SafetensorError as error:
+        raise UserError(f"{path}: not a readable safetensors file ({error}). {advice}") from error
+    if metadata.get("sha256") != _tensors_sha256(tensors):
+        raise UserError(f"{path}: its tensors do not have the sha256 that its header states. {advice}")
+    fingerprint = json.loads(metadata["fingerprint"])
+    if expect is not None:
+        differing = sorted(k for k in set(expect) | set(fingerprint) if expect.get(k) != fingerprint.get(k))
+        if differing:
+            listed = "; ".join(f"{k}: file {fingerprint.get(k)!r}, run {expect.get(k)!r}" for k in differing)
+            raise UserError(f"{path}: fitted to something else ({listed}). {advice}")
+    banks = []
+    for name in ("cls", "patch"):
+        bank = PrototypeBank(*tensors[f"{name}.weight"].shape)
+        bank.load_state_dict({key: tensors[f"{name}.{key}"] for key in bank.state_dict()})
+        banks.append(bank)
+    return Prototypes(banks[0], banks[1], fingerprint)
+
+
+def spherical_kmeans(
+    unit: Float[Tensor, "n d"], k: int, *, iterations: int, generator: torch.Generator
+) -> Float[Tensor, "k d"]:
+    """Cluster unit vectors by cosine; clusters that lose all members restart at the worst-represented vectors.
+
+    Args:
+        unit: unit vectors, fp32.
+        k: number of clusters, at most n.
+        iterations: Lloyd iterations.
+        generator: CPU generator that draws the initial centres.
+
+    Returns:
+        Unit centres, fp32.
+    """
+    first = torch.randperm(unit.shape[0], generator=generator)[:k].to(unit.device)
+    centres = unit[first]
+    for _ in range(iterations):
+        best, nearest = _assign(unit, centres)
+        sums = torch.zeros_like(centres).index_add_(0, nearest, unit)
+        counts = torch.bincount(nearest, minlength=k)
+        dead = torch.nonzero(counts == 0).flatten()
+        sums[dead] = unit[torch.argsort(best, stable=True)[: len(dead)]]
+        centres = F.normalize(sums, dim=-1)
+    return centres
+
+
+def calibrated_temperature(logits: Float[Tensor, "n k"], top1_mass: float) -> float:
+    """Return the temperature at which the median largest probability of softmax(logits / t) is `top1_mass`."""
+    low, high = 1e-3, 10.0
+    for _ in range(60):
+        middle = (low * high) ** 0.5
+        mass = F.softmax(logits / middle, dim=-1).amax(-1).median().item()
+        low, high = (middle, high) if mass > top1_mass else (low, middle)
+    return (low * high) ** 0.5
+
+
+def _collect(
+    stream: Iterable[TeacherTargets], config: PrototypeConfig, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Keep every cls token and `_PATCHES_PER_CROP` random patch tokens of each crop, fp32 on the CPU."""
+    cls, patches, seen = [], [], 0
+    for targets in stream:
+        tokens = targets.patches.flatten(0, 1).float().cpu()  # [b*g, n, d]
+        draws = torch.rand(tokens.shape[:2], generator=generator)
+        chosen = draws.topk(min(_PATCHES_PER_CROP, tokens.shape[1]), dim=1).indices
+        patches.append(tokens[torch.arange(tokens.shape[0])[:, None], chosen].flatten(0, 1))
+        cls.append(targets.cls.flatten(0, 1).float().cpu())
+        seen += targets.cls.shape[0]
+        if seen >= config.prototype_rows:
+            break
+    if not cls:
+        raise UserError("prototypes: the teacher's token stream was empty. Check that the shards hold images.")
+    return torch.cat(cls), torch.cat(patches)
+
+
+def _fit_bank(tokens: Tensor, config: PrototypeConfig, generator: torch.Generator, name: str) -> PrototypeBank:
+    k = config.num_prototypes
+    if tokens.shape[0] < k:
+        raise UserError(
+            f"--num_prototypes {k}: only {tokens.shape[0]} {name} tokens to fit them to. "
+            f"Ask for at most {tokens.shape[0]}, or give more images (--prototype_rows)."
+        )
+    bank = PrototypeBank(k, tokens.shape[1]).to(tokens.device)
+    bank.mean.copy_(tokens.mean(0))
+    bank.std.copy_(tokens.std(0).clamp_min(1e-6))
+    unit = F.normalize(tokens - bank.mean, dim=-1)
+    bank.weight.copy_(
+        spherical_kmeans(unit, k, iterations=config.prototype_iterations, generator=generator)
+    )
+    sums = torch.zeros(k, dtype=torch.float64, device=tokens.device)
+    for chunk in tokens.split(_ASSIGN_CHUNK):
+        sums += bank.logits(chunk).double().sum(0)
+    bank.centre.copy_(sums / tokens.shape[0])
+    sample = tokens[torch.randperm(tokens.shape[0], generator=generator)[:2048].to(tokens.device)]
+    temperature = calibrated_temperature(bank.logits(sample) - bank.centre, config.target_top1_mass)
+    bank.calibrated_temp.fill_(temperature)
+    return bank
+
+
+def _assign(unit: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
+    pairs = [(chunk @ centres.T).max(dim=1) for chunk in unit.split(_ASSIGN_CHUNK)]
+    return torch.cat([p.values for p in pairs]), torch.cat([p.indices for p in pairs])
+
+
+def _tensors_sha256(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,209 @@
+"""The compiled object: from uint8 crops and teacher tokens to the weighted sum of the losses."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int64, UInt8
+from timm.models.eva import Eva
+from torch import Tensor, nn
+
+from distill import losses
+from distill.config import LossConfig, StudentConfig
+from distill.heads import create_head
+from distill.models import packed_tokens, rope_table
+from distill.prototypes import PrototypeBank, Prototypes
+from kernels.spd import log_euclidean_loss, spd_logm, token_spd
+from pipeline.batch import normalise
+
+METRICS = (
+    "loss", "dino", "ibot", "koleo", "cls", "spd", "patch", "mse", "gram", "softmax_gram",
+    "dino_entropy", "dino_kl", "ibot_entropy", "ibot_kl", "target_usage", "student_usage",
+)  # fmt: skip
+TERMS = METRICS[1:10]
+
+
+class DistillStep(nn.Module):
+    """Student, heads, frozen prototypes and losses in one module, a plain function of tensors.
+
+    The whole forward pass is one graph. Autocast lives inside, around backbone and heads only: compiled code
+    under an outer autocast gives wrong gradients for fp32 losses (PyTorch issue 179804).
+    """
+
+    mask_token: nn.Parameter
+
+    def __init__(
+        self,
+        student: Eva,
+        prototypes: Prototypes,
+        config: StudentConfig,
+        weights: LossConfig,
+        *,
+        student_temp: float,
+        global_crops_size: int,
+        local_crops_size: int,
+        autocast: bool,
+    ) -> None:
+        super().__init__()
+        self.student = student
+        self.cls_bank: PrototypeBank = prototypes.cls
+        self.patch_bank: PrototypeBank = prototypes.patch
+        dim = int(student.embed_dim)
+        self.uses_cls_projection = bool(weights.cls_loss_weight or weights.mse_loss_weight)
+        self.uses_patch_projection = bool(weights.patch_loss_weight or weights.mse_loss_weight)
+        self.cls_head = create_head(
+            config, dim, self.cls_bank, logits=bool(weights.dino_loss_weight), projection=self.uses_cls_projection
+        )
+        self.patch_head = create_head(
+            config, dim, self.patch_bank, logits=bool(weights.ibot_loss_weight), projection=self.uses_patch_projection
+        )
+        # Outside the student, so that an exported student has exactly timm's keys.
+        self.mask_token = nn.Parameter(torch.zeros(dim), requires_grad=config.mask_student_input)
+        self.register_buffer("global_rope", rope_table(student, global_crops_size), persistent=False)
+        self.register_buffer("local_rope", rope_table(student, local_crops_size), persistent=False)
+        self.weights = weights
+        self.student_temp = student_temp
+        self.mask_student_input = config.mask_student_input
+        self.autocast = autocast
+
+    def forward(
+        self,
+        global_crops: UInt8[Tensor, "gb G G 3"],
+        local_crops: UInt8[Tensor, "lb L L 3"],
+        masks: Bool[Tensor, "gb n"],
+        masked_indices: Int64[Tensor, " m"],
+        teacher_cls: Float[Tensor, "b g d"],
+        teacher_patches: Float[Tensor, "b g n d"],
+        cls_temp: Float[Tensor, ""],
+        patch_temp: Float[Tensor, ""],
+        koleo_scale: Float[Tensor, ""],
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, " metrics"]]:
+        """Return the loss and the detached `METRICS`, each term unweighted, both fp32.
+
+        Args:
+            global_crops: see `MultiCropBatch`.
+            local_crops: likewise; may have no rows.
+            masks: likewise.
+            masked_indices: likewise.
+            teacher_cls: see `TeacherTargets`.
+            teacher_patches: likewise.
+            cls_temp: teacher temperature of the DINO targets.
+            patch_temp: teacher temperature of the iBOT targets.
+            koleo_scale: factor on the KoLeo weight, rising from 0 to 1.
+        """
+        b, g = teacher_cls.shape[:2]
+        teacher_cls = teacher_cls.transpose(0, 1)  # [g, b, d]
+        teacher_patches = teacher_patches.transpose(0, 1).flatten(0, 1)  # [g*b, n, d]
+        with self._autocast(global_crops.device):
+            cls, patches = self._student_tokens(global_crops, local_crops, masks)
+            dino = self._dino_logits(cls, teacher_cls, cls_temp) if self.weights.dino_loss_weight else None
+            ibot = self._ibot_logits(patches, teacher_patches, masked_indices, patch_temp)
+            projected_cls = self.cls_head.projection(cls[: g * b]) if self.uses_cls_projection else None
+            projected_patches = self.patch_head.projection(patches) if self.uses_patch_projection else None
+        terms: dict[str, Tensor] = {}
+        parts: dict[str, Tensor] = {}
+        if dino is not None:
+            views, targets = dino[0].unflatten(0, (-1, b)), dino[1]  # [v, b, k], [g, b, k]
+            terms["dino"] = losses.dino_loss(
+                views, targets, student_temp=self.student_temp, same_view=self.weights.dino_same_view
+            )
+            parts |= self._prototype_metrics("dino", terms["dino"], targets)
+            parts["target_usage"] = _usage(targets)
+            parts["student_usage"] = _usage(F.softmax(views[:g] / self.student_temp, dim=-1))
+        if ibot is not None:
+            per_image = masks.sum(1)[masked_indices // masks.shape[1]].float()
+            terms["ibot"] = losses.ibot_loss(*ibot, per_image, student_temp=self.student_temp)
+            parts |= self._prototype_metrics("ibot", terms["ibot"], ibot[1])
+        terms |= self._token_terms(cls[: g * b].unflatten(0, (g, b)), patches, teacher_patches)
+        terms |= self._regression_terms(projected_cls, projected_patches, teacher_cls.flatten(0, 1), teacher_patches)
+        total = self._weighted_sum(terms, koleo_scale)
+        zero = torch.zeros_like(total)
+        values = {"loss": total, **terms, **parts}
+        return total, torch.stack([values.get(name, zero).detach().float() for name in METRICS])
+
+    def _student_tokens(self, global_crops: Tensor, local_crops: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+        """Return cls tokens of all views, crop-major [v*b, d], and patch tokens of the global crops [g*b, n, d]."""
+        crops, ropes = [normalise(global_crops)], [self.global_rope]
+        if local_crops.shape[0]:
+            crops.append(normalise(local_crops))
+            ropes.append(self.local_rope)
+        tokens = packed_tokens(
+            self.student,
+            crops,
+            ropes,  # type: ignore[arg-type]
+            mask=masks if self.mask_student_input else None,
+            mask_token=self.mask_token if self.mask_student_input else None,
+        )
+        prefix = int(self.student.num_prefix_tokens)
+        return torch.cat([t[:, 0] for t in tokens]), tokens[0][:, prefix:]
+
+    def _dino_logits(self, cls: Tensor, teacher_cls: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
+        return self.cls_head(cls, self.cls_bank), self.cls_bank.targets(teacher_cls, temperature)
+
+    def _ibot_logits(
+        self, patches: Tensor, teacher_patches: Tensor, masked_indices: Tensor, temperature: Tensor
+    ) -> tuple[Tensor, Tensor] | None:
+        if not self.weights.ibot_loss_weight or not masked_indices.shape[0]:
+            return None
+        student = patches.flatten(0, 1).index_select(0, masked_indices)
+        teacher = teacher_patches.flatten(0, 1).index_select(0, masked_indices)
+        return self.patch_head(student, self.patch_bank), self.patch_bank.targets(teacher, temperature)
+
+    def _token_terms(self, cls: Tensor, patches: Tensor, teacher_patches: Tensor) -> dict[str, Tensor]:
+        """Terms on the student's own tokens: KoLeo of each global crop [g, b, d], relations of patch tokens."""
+        weights, terms = self.weights, {}
+        if weights.koleo_loss_weight:
+            crops = [losses.koleo_loss(crop, all_ranks=weights.koleo_all_ranks) for crop in cls]
+            terms["koleo"] = torch.stack(crops).mean()
+        if weights.spd_loss_weight:
+            eps, backend = weights.spd_eps, weights.spd_backend
+            with torch.no_grad():
+                teacher_log = spd_logm(token_spd(teacher_patches, eps=eps), eps=eps, backend=backend)
+            terms["spd"] = log_euclidean_loss(patches, teacher_log, eps=eps, backend=backend)
+        if weights.gram_loss_weight:
+            terms["gram"] = losses.gram_loss(patches, teacher_patches)
+        if weights.softmax_gram_loss_weight:
+            terms["softmax_gram"] = losses.softmax_gram_loss(patches, teacher_patches)
+        return terms
+
+    def _regression_terms(
+        self, cls: Tensor | None, patches: Tensor | None, teacher_cls: Tensor, teacher_patches: Tensor
+    ) -> dict[str, Tensor]:
+        """Terms on tokens projected into the teacher's space, after its mean (and scale) is taken out."""
+        weights, terms = self.weights, {}
+        if cls is not None and weights.cls_loss_weight:
+            terms["cls"] = losses.cls_loss(cls.float() - self.cls_bank.mean, teacher_cls.float() - self.cls_bank.mean)
+        if patches is not None:
+            student, teacher = self.patch_bank.standardise(patches), self.patch_bank.standardise(teacher_patches)
+            if weights.patch_loss_weight:
+                terms["patch"] = losses.patch_regression_loss(student, teacher)
+            if weights.mse_loss_weight:
+                assert cls is not None
+                cls_error = F.mse_loss(self.cls_bank.standardise(cls), self.cls_bank.standardise(teacher_cls))
+                terms["mse"] = cls_error + F.mse_loss(student, teacher)
+        return terms
+
+    def _weighted_sum(self, terms: dict[str, Tensor], koleo_scale: Tensor) -> Tensor:
+        total = torch.zeros((), device=koleo_scale.device)
+        for name, value in terms.items():
+            weight = getattr(self.weights, f"{name}_loss_weight")
+            total = total + value * (weight * koleo_scale if name == "koleo" else weight)
+        return total
+
+    def _prototype_metrics(self, name: str, loss: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        entropy, divergence = losses.cross_entropy_parts(loss.detach(), targets)
+        return {f"{name}_entropy": entropy, f"{name}_kl": divergence}
+
+    def _autocast(self, device: torch.device) -> AbstractContextManager[object]:
+        if not self.autocast:
+            return nullcontext()
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+@torch.no_grad()
+def _usage(probs: Tensor) -> Tensor:
+    """Effective number of prototypes in use: the perplexity of the mean distribution."""
+    mean = probs.flatten(0, -2).mean(0)
+    return torch.exp(-torch.special.xlogy(mean, mean).sum())

@@ -161,8 +161,8 @@ def extract_features_of(
     for name, entry in models.items():
         if not getattr(entry.model, "num_prefix_tokens", 0):
             raise UserError(
-                f"{name}: the model has no cls token (num_prefix_tokens is 0). The probe's features are the cls "
-                "token and the mean patch token. Choose a ViT with a cls token."
+                f"{name}: the model has no cls token (num_prefix_tokens is 0). The probe's features are the "
+                "cls token and the mean patch token. Choose a ViT with a cls token."
             )
     training = {name: entry.model.training for name, entry in models.items()}
     chunks: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in models}

@@ -29,8 +29,8 @@ def knn_predict(
 ) -> dict[int, Int64[Tensor, " q"]]:
     """Class of each query by the vote of its k nearest bank rows in cosine similarity.
 
-    A neighbour of similarity s votes exp(s / temperature) for its class (Wu et al. 2018, "Unsupervised feature
-    learning via non-parametric instance discrimination", as used by DINO, DINOv2 and DINOv3).
+    A neighbour of similarity s votes exp(s / temperature) for its class (Wu et al. 2018, "Unsupervised
+    feature learning via non-parametric instance discrimination", as used by DINO, DINOv2 and DINOv3).
 
     Args:
         bank: features of the labelled images, any float dtype; normalised here.
@@ -50,8 +50,8 @@ def knn_predict(
     available = len(bank) - int(queries_are_bank)
     if not k or min(k) < 1 or max(k) > available:
         raise UserError(
-            f"k-NN: k = {list(k)} with {available} possible neighbours. Each k must be from 1 to the number of "
-            f"labelled images. Choose a smaller k (--knn_k) or give more training images."
+            f"k-NN: k = {list(k)} with {available} possible neighbours. Each k must be from 1 to the number "
+            "of labelled images. Choose a smaller k (--knn_k) or give more training images."
         )
     bank = F.normalize(bank.float(), dim=1)
     num_classes = int(bank_labels.max()) + 1

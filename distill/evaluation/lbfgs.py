@@ -57,12 +57,14 @@ def fit_logistic(
 ) -> LogisticFit:
     """Minimise mean cross-entropy + lambda / 2 * ||W||^2 for each lambda, in one batched run.
 
-    lambda is 1 / (C n) of scikit-learn's `LogisticRegression(C=C)` on n rows. Each problem has its own curvature
-    pairs and step length (L-BFGS with the two-loop recursion, Nocedal & Wright, "Numerical Optimization", alg.
-    7.4, and Armijo backtracking); the matrix products are shared, and a problem that has converged leaves them.
+    lambda is 1 / (C n) of scikit-learn's `LogisticRegression(C=C)` on n rows. Each problem has its own
+    curvature pairs and step length (L-BFGS with the two-loop recursion, Nocedal & Wright, "Numerical
+    Optimization", alg. 7.4, and Armijo backtracking); the matrix products are shared, and a problem that has
+    converged leaves them.
 
     Args:
-        features: fp32 or fp64; the arithmetic's dtype. Best standardised: conditioning decides the iterations.
+        features: fp32 or fp64; the arithmetic's dtype. Best standardised: conditioning decides the
+            iterations.
         labels: 0 .. num_classes - 1, on the same device.
         num_classes: c.
         regularisations: one lambda > 0 a problem.

@@ -81,10 +81,10 @@ def linear_probe(
 ) -> list[LinearResult]:
     """Fit and score each feature set; the one to report is `best_result`.
 
-    The classifier of each lambda (or learning rate) is fitted on train less the held-out part, the best one on
-    the held-out part is chosen (the strongest lambda, or the smallest rate, of equals), fitted again on all of
-    train and scored once on val. Val takes no part in any choice. Classes are those of train; a val image of
-    another class counts as an error.
+    The classifier of each lambda (or learning rate) is fitted on train less the held-out part, the best one
+    on the held-out part is chosen (the strongest lambda, or the smallest rate, of equals), fitted again on
+    all of train and scored once on val. Val takes no part in any choice. Classes are those of train; a val
+    image of another class counts as an error.
 
     Args:
         train: features to fit on, every row labelled.
@@ -94,7 +94,8 @@ def linear_probe(
         device: where the arithmetic runs, in fp32.
 
     Raises:
-        UserError: unknown solver, no feature set, an unlabelled row, one class only, or too few rows to split.
+        UserError: unknown solver, no feature set, an unlabelled row, one class only, or too few rows to
+            split.
     """
     if protocol.solver not in ("lbfgs", "sgd"):
         raise UserError(
@@ -109,8 +110,8 @@ def linear_probe(
     if len(classes) < 2 or int(classes.min()) < 0 or len(val.labels) == 0 or int(val.labels.min()) < 0:
         raise UserError(
             f"linear probe: {len(classes)} classes in train, {int((train.labels < 0).sum())} train and "
-            f"{int((val.labels < 0).sum())} of {len(val.labels)} val rows without one. It needs two classes or "
-            "more and a class for every row. Leave unlabelled rows out."
+            f"{int((val.labels < 0).sum())} of {len(val.labels)} val rows without one. It needs two classes "
+            "or more and a class for every row. Leave unlabelled rows out."
         )
     fit_rows, held_rows = held_out_split(train.labels.numpy(), fraction=protocol.held_out, seed=protocol.seed)
     # Held-out rows go last, so that fitting and held-out parts are views of one matrix, not copies of it.
@@ -158,7 +159,10 @@ def _solve_lbfgs(name: str, data: _Data, protocol: LinearProtocol) -> LinearResu
         "max_iterations": settings.max_iterations,
     }
     fits = fit_logistic(
-        train[: data.num_fit], data.labels[: data.num_fit], regularisations=grid, **common  # type: ignore[arg-type]
+        train[: data.num_fit],
+        data.labels[: data.num_fit],
+        regularisations=grid,
+        **common,  # type: ignore[arg-type]
     )
     correct = fits.predict(train[data.num_fit :]) == data.labels[data.num_fit :]
     held_out = 100 * correct.double().mean(dim=1)
@@ -212,7 +216,8 @@ def _solve_sgd(name: str, data: _Data, protocol: LinearProtocol) -> LinearResult
 def _standardisation(features: Float[Tensor, "n d"]) -> tuple[Float[Tensor, " d"], Float[Tensor, " d"]]:
     """Mean and 1 / standard deviation of each channel; a constant channel is scaled by 1.
 
-    Every model gets the same grid of lambdas, whatever the scale of its features, and L-BFGS is well conditioned.
+    Every model gets the same grid of lambdas, whatever the scale of its features, and L-BFGS is well
+    conditioned.
     """
     variance, mean = torch.var_mean(features, dim=0, correction=0)
     tiny = torch.finfo(features.dtype).eps * variance.max()

@@ -67,8 +67,8 @@ def fit_linear_map(
     """
     if len(source) != len(target) or len(source) < 2:
         raise UserError(
-            f"linear map: {len(source)} source and {len(target)} target rows. Both need the same rows, two at "
-            "least. Extract both models over the same images."
+            f"linear map: {len(source)} source and {len(target)} target rows. Both need the same rows, two "
+            "at least. Extract both models over the same images."
         )
     source_mean, target_mean = source.double().mean(dim=0), target.double().mean(dim=0)
     centred = source.double() - source_mean
@@ -91,8 +91,8 @@ def cosine_to_teacher(
     """Mean cosine on val between the teacher's features and the student's, mapped linearly onto them.
 
     The map is fitted on train, the same way for every model, so a student needs no projection head to be
-    compared. Both sides are centred by the teacher's train mean: an uncentred cosine is mostly the mean that all
-    images share, and a random network scores high on it.
+    compared. Both sides are centred by the teacher's train mean: an uncentred cosine is mostly the mean that
+    all images share, and a random network scores high on it.
     """
     mapping = fit_linear_map(student_train, teacher_train, ridge=ridge)
     estimate = mapping.centred(student_val.float())

@@ -54,8 +54,8 @@ def fit_patch_basis(teacher_tokens: Float[Tensor, "b n d"]) -> PatchBasis:
     tokens = teacher_tokens.flatten(0, 1).double()
     if min(len(tokens) - 1, tokens.shape[1]) < 3:
         raise UserError(
-            f"PCA: {len(tokens)} patch tokens of dimension {tokens.shape[1]}. Three components need four tokens "
-            "and three dimensions. Give more images."
+            f"PCA: {len(tokens)} patch tokens of dimension {tokens.shape[1]}. Three components need four "
+            "tokens and three dimensions. Give more images."
         )
     mean = tokens.mean(dim=0)
     centred = tokens - mean
@@ -84,13 +84,13 @@ def map_to_teacher(
 ) -> Float[Tensor, "m n e"]:
     """Student patch tokens in the teacher's space, by a ridge map fitted on other images.
 
-    Fitted on images other than those shown: a map with more coefficients than tokens would paint the teacher's
-    picture from any features. Both models need the same patch grid.
+    Fitted on images other than those shown: a map with more coefficients than tokens would paint the
+    teacher's picture from any features. Both models need the same patch grid.
     """
     if student_fit.shape[:2] != teacher_fit.shape[:2]:
         raise UserError(
-            f"PCA: the student has {student_fit.shape[1]} patches an image, the teacher {teacher_fit.shape[1]}. "
-            "One basis needs one grid. Compare models of the same patch size."
+            f"PCA: the student has {student_fit.shape[1]} patches an image, the teacher "
+            f"{teacher_fit.shape[1]}. One basis needs one grid. Compare models of the same patch size."
         )
     mapping = fit_linear_map(student_fit.flatten(0, 1), teacher_fit.flatten(0, 1), ridge=ridge)
     return mapping(student_tokens)

@@ -42,8 +42,8 @@ def held_out_split(
     take = round(len(candidates) * fraction)
     if take == 0:
         raise UserError(
-            f"held-out split: {len(labels)} rows, of which {len(candidates)} are in a class of two or more, leave "
-            f"none to hold out at a fraction of {fraction}. Give more labelled images a class."
+            f"held-out split: {len(labels)} rows, of which {len(candidates)} are in a class of two or more, "
+            f"leave none to hold out at a fraction of {fraction}. Give more labelled images a class."
         )
     places = ((np.arange(take) + 0.5) * len(candidates) / take).astype(np.int64)
     held = np.sort(candidates[places])

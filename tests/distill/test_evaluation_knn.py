@@ -1,0 +1,126 @@
+"""k-NN against a plain loop over pairs, and its use on a model during training."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from timm.models.eva import Eva
+from torch import Tensor
+
+from distill.evaluation.knn import knn_accuracy, knn_predict, knn_top1
+from distill.models import create_vit
+from pipeline.batch import normalise
+from shards.errors import UserError
+
+
+def loop_over_pairs(
+    bank: list[list[float]],
+    labels: list[int],
+    queries: list[list[float]],
+    k: int,
+    temperature: float,
+    leave_out: bool,
+) -> list[int]:
+    def unit(vector: list[float]) -> list[float]:
+        norm = math.sqrt(sum(x * x for x in vector))
+        return [x / norm for x in vector]
+
+    units = [unit(row) for row in bank]
+    answers = []
+    for i, query in enumerate(queries):
+        asked = unit(query)
+        found = [
+            (sum(a * b for a, b in zip(asked, row, strict=True)), labels[j])
+            for j, row in enumerate(units)
+            if not (leave_out and j == i)
+        ]
+        found.sort(reverse=True)
+        votes: dict[int, float] = {}
+        for similarity, label in found[:k]:
+            votes[label] = votes.get(label, 0.0) + math.exp(similarity / temperature)
+        answers.append(max(votes, key=lambda label: votes[label]))
+    return answers
+
+
+@pytest.mark.parametrize("leave_out", [False, True])
+@pytest.mark.parametrize("block_elements", [2**26, 130])
+def test_votes_equal_a_loop_over_pairs(leave_out: bool, block_elements: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    bank = torch.randn(60, 5, generator=generator)
+    labels = torch.randint(4, (60,), generator=generator)
+    queries = bank if leave_out else torch.randn(35, 5, generator=generator)
+    got = knn_predict(
+        bank, labels, queries, k=[1, 5, 20], queries_are_bank=leave_out, block_elements=block_elements
+    )
+    for k in (1, 5, 20):
+        expected = loop_over_pairs(bank.tolist(), labels.tolist(), queries.tolist(), k, 0.07, leave_out)
+        assert got[k].tolist() == expected
+
+
+def test_the_temperature_weighs_near_neighbours() -> None:
+    bank = torch.tensor([[1.0, 0.0], [0.9, 0.4359], [0.9, -0.4359]])
+    labels = torch.tensor([0, 1, 1])
+    query = torch.tensor([[2.0, 0.0]])
+    # Similarities 1, 0.9, 0.9: two of class 1 outvote one of class 0 only where exp(-0.1 / T) > 1 / 2.
+    assert knn_predict(bank, labels, query, k=[3], temperature=0.07)[3].item() == 0
+    assert knn_predict(bank, labels, query, k=[3], temperature=1.0)[3].item() == 1
+
+
+def test_an_image_is_no_neighbour_of_itself() -> None:
+    bank = torch.eye(4).repeat(2, 1) + 0.01 * torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([0, 1, 2, 3, 3, 2, 1, 0])
+    # With itself left out, the nearest is the other copy of its axis, which has another class.
+    assert knn_accuracy(bank, labels, bank, labels, k=[1])[1] == 100
+    assert knn_accuracy(bank, labels, bank, labels, k=[1], queries_are_bank=True)[1] == 0
+
+
+def test_too_many_neighbours_and_missing_classes_are_named() -> None:
+    bank, labels = torch.randn(10, 3), torch.zeros(10, dtype=torch.int64)
+    with pytest.raises(UserError, match=r"k = \[5, 20\] with 10 possible neighbours.*--knn_k"):
+        knn_predict(bank, labels, bank, k=[5, 20])
+    with pytest.raises(UserError, match=r"k = .10. with 9 possible neighbours"):
+        knn_predict(bank, labels, bank, k=[10], queries_are_bank=True)
+    with pytest.raises(UserError, match="10 queries, 10 of them and 0 of 10 bank images without a class"):
+        knn_accuracy(bank, labels, bank, labels - 1, k=[1])
+
+
+@dataclass(frozen=True)
+class Crops:
+    rows: npt.NDArray[np.int64]
+    crops: Tensor
+    labels: Tensor
+
+
+def coloured(num_rows: int, seed: int) -> list[Crops]:
+    """Noisy images whose mean colour is their class, in two batches, the second partial."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(3, (num_rows,), generator=generator)
+    pixels = torch.randint(0, 60, (num_rows, 16, 16, 3), generator=generator, dtype=torch.uint8)
+    pixels[torch.arange(num_rows), :, :, labels] += 150
+    halves = zip(torch.arange(num_rows).split(20), pixels.split(20), labels.split(20), strict=True)
+    return [Crops(rows.numpy(), crops, classes) for rows, crops, classes in halves]
+
+
+def test_a_model_in_training_is_scored_and_put_back() -> None:
+    torch.manual_seed(0)
+    model = create_vit(
+        "vit_small",
+        patch_size=8,
+        model_args={"embed_dim": 32, "depth": 2, "num_heads": 2, "init_values": 1.0},
+    )
+    assert isinstance(model, Eva)
+    model.train()
+    scored = [
+        knn_top1(model, coloured(64, 1), coloured(30, 2), normalise=normalise, device="cpu", k=k)
+        for k in (5, 1000)
+    ]
+    # Mean colour survives a random ViT. k is cut to the bank's 64 rows, where the largest class does not win
+    # all.
+    assert scored[0] == 100
+    assert scored[1] > 60
+    assert model.training

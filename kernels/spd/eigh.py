@@ -6,7 +6,6 @@ import logging
 
 import torch
 from torch import Tensor
-from torch._C import _LinAlgError as LinAlgError
 
 from kernels.spd.solver import batched_eigh
 
@@ -35,7 +34,7 @@ def _decompose(matrices: Tensor) -> tuple[Tensor, Tensor]:
     safe = torch.where(finite[:, None, None], matrices, identity)
     try:
         eigenvalues, vectors = batched_eigh(safe)
-    except LinAlgError as error:
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         logger.error("eigh of %s finite matrices failed (%s); their loss is NaN", list(matrices.shape), error)
         return torch.full_like(matrices[:, 0], torch.nan), torch.full_like(matrices, torch.nan)
     return torch.where(finite[:, None], eigenvalues, torch.nan), vectors

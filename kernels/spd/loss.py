@@ -39,8 +39,8 @@ def spd_logm(
     """Matrix logarithm of symmetric positive definite matrices, differentiable once.
 
     matrices: [b, n, n], the spectrum inside [eps, n + eps] (`token_spd` guarantees it; "resolvent" is
-    accurate nowhere else). The result is fp32, or fp64 for fp64. "eigh" diagonalises; "resolvent" uses a rational
-    function within 5e-5 of the logarithm (`poles.MAX_ERROR`). A matrix with a NaN or Inf gives NaN.
+    accurate nowhere else). The result is fp32, or fp64 for fp64. "eigh" diagonalises; "resolvent" uses a
+    rational function within `poles.MAX_ERROR` of the logarithm. A matrix with a NaN or Inf gives NaN.
     Raises ValueError for another shape, dtype, eps or backend.
     """
     _check_square("matrices", matrices)

@@ -1,0 +1,259 @@
+"""Exports a run's student: a folder that timm loads by name, with hubconf.py, a model card and optional ONNX.
+
+python -m distill.export --run RUN [--output FOLDER] [--onnx]
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import tyro
+from jaxtyping import Float
+from safetensors.torch import save_file
+from timm.models._hub import save_config_for_hf
+from torch import Tensor, nn
+
+from distill.checkpoint import load_student
+from distill.config import TrainConfig
+from distill.model_card import Card, render_card, teacher_licence
+from pipeline.batch import IMAGENET_MEAN, IMAGENET_STD
+from shards.atomic import explain_disk_errors, sync_folder
+from shards.errors import UserError
+
+WEIGHTS, CONFIG, HUBCONF, CARD, SUMS = (
+    "model.safetensors",
+    "config.json",
+    "hubconf.py",
+    "README.md",
+    "SHA256SUMS",
+)
+ONNX = "model.onnx"
+# What the training code needs and a user of the weights does not.
+TRAINING_ARGS = ("drop_path_rate", "pretrained", "pretrained_cfg")
+
+_HUBCONF = '''"""torch.hub entry point: torch.hub.load(FOLDER, "student", source="local")."""
+
+from pathlib import Path
+
+import timm
+
+dependencies = ["torch", "timm"]
+
+
+def student(pretrained=True, **kwargs):
+    """The distilled ViT; model.forward_features(images) gives [b, num_prefix_tokens + n, d] tokens."""
+    return timm.create_model(f"local-dir:{Path(__file__).resolve().parent}", pretrained=pretrained, **kwargs)
+'''
+
+
+@dataclass(frozen=True)
+class ExportArgs:
+    """Options of the export.
+
+    Attributes:
+        run: folder of the run.
+        output: folder to write; RUN/export by default. An earlier export there is replaced.
+        ema: export the EMA of the student where the run keeps one; --no-ema exports the trained weights.
+        onnx: also write model.onnx (needs the onnx and onnxscript packages).
+        licence: licence to state in the model card, where the teacher's is not known to timm.
+    """
+
+    run: str
+    output: str | None = None
+    ema: bool = True
+    onnx: bool = False
+    licence: str | None = None
+
+
+def export_run(args: ExportArgs) -> Path:
+    """Export the student of a run's newest valid checkpoint; returns the folder.
+
+    Raises:
+        UserError: no run, no checkpoint, a folder in the way, or onnx is asked for and missing.
+    """
+    if args.onnx:
+        require_onnx()
+    run_dir = Path(args.run)
+    model, meta = load_student(run_dir, use_ema=args.ema)
+    config: TrainConfig = meta["config"]
+    output = Path(args.output) if args.output else run_dir / "export"
+    probe_json = run_dir / "probe" / "probe.json"
+    card = Card(
+        name=output.resolve().parent.name if output.name == "export" else output.name,
+        student_arch=config.student.arch,
+        teacher_arch=config.teacher.teacher_arch,
+        licence=args.licence or teacher_licence(config.teacher.teacher_arch),
+        step=meta["step"],
+        ema=meta["ema"],
+        img_size=config.data.global_crops_size,
+        probe=json.loads(probe_json.read_text()) if probe_json.is_file() else None,
+    )
+    return export_model(model, output, card=card, onnx=args.onnx)
+
+
+def export_model(
+    model: nn.Module,
+    output: Path,
+    *,
+    card: Card,
+    mean: tuple[float, float, float] = IMAGENET_MEAN,
+    std: tuple[float, float, float] = IMAGENET_STD,
+    onnx: bool = False,
+) -> Path:
+    """Write an export folder that `timm.create_model("local-dir:FOLDER", pretrained=True)` loads strictly.
+
+    The folder is built beside `output`, loaded from there and compared with `model` to the bit, and only then
+    takes its name.
+
+    Args:
+        model: a timm ViT without a classifier.
+        output: the folder; must not exist, be empty, or hold an earlier export.
+        card: what the model card says; its `img_size` is the input size of the export.
+        mean, std: normalisation that the model was trained with.
+        onnx: also write ONNX.
+
+    Raises:
+        UserError: the folder holds something else, the disk is full, or the export does not load back equal.
+    """
+    if output.exists() and any(output.iterdir()) and not (output / SUMS).is_file():
+        raise UserError(
+            f"{output}: the folder is not empty and holds no earlier export ({SUMS} is missing). "
+            "Choose another --output, so that nothing of yours is overwritten."
+        )
+    model = model.cpu().eval()
+    building = output.with_name(f"{output.name}.tmp-{os.getpid()}")
+    shutil.rmtree(building, ignore_errors=True)
+    try:
+        with explain_disk_errors(output):
+            building.mkdir(parents=True)
+            state = {name: value.detach().contiguous() for name, value in model.state_dict().items()}
+            save_file(state, building / WEIGHTS, metadata={"format": "pt"})
+            (building / CONFIG).write_text(_config_json(model, building, card, mean, std))
+            (building / HUBCONF).write_text(_HUBCONF)
+            (building / CARD).write_text(render_card(card, sum(value.numel() for value in state.values())))
+            if onnx:
+                write_onnx(model, building / ONNX, img_size=card.img_size)
+            verify_export(building, model, img_size=card.img_size)
+            _write_sums(building)
+            sync_folder(building)
+            if output.exists():
+                shutil.rmtree(output)
+            building.replace(output)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return output
+
+
+def verify_export(folder: Path, model: nn.Module, *, img_size: int) -> None:
+    """Load the export as a user would and compare weights and tokens with `model`, to the bit.
+
+    Raises:
+        UserError: a weight or the output differs; the first difference is named.
+    """
+    loaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    expected, got = model.state_dict(), loaded.state_dict()
+    differing = [
+        name for name in {**expected, **got}
+        if name not in expected or name not in got or not torch.equal(expected[name], got[name])
+    ]  # fmt: skip
+    images = torch.randn(1, 3, img_size, img_size, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        same = torch.equal(model.forward_features(images), loaded.forward_features(images))  # type: ignore[operator]
+    if differing or not same:
+        what = f"weights {differing[:3]} differ" if differing else "weights are equal, the tokens are not"
+        raise UserError(
+            f"{folder}: loaded by timm {timm.__version__}, the export is not the student: {what}. "
+            "Install the timm version of requirements.lock and export again."
+        )
+
+
+def require_onnx() -> None:
+    """UserError naming what to install where ONNX export is not possible."""
+    missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"--onnx: the packages {' and '.join(missing)} are not installed, which torch.onnx needs. "
+            f"Run `pip install {' '.join(missing)}`, or export without --onnx."
+        )
+
+
+class _Tokens(nn.Module):
+    """cls token and patch tokens as two outputs, so that an ONNX user need not know the prefix length."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Float[Tensor, "b 3 h w"]) -> tuple[Tensor, Tensor]:
+        tokens = self.model.forward_features(images)  # type: ignore[operator]
+        return tokens[:, 0], tokens[:, self.model.num_prefix_tokens :]
+
+
+def write_onnx(model: nn.Module, path: Path, *, img_size: int) -> None:
+    """Write ONNX with the outputs `cls` [b, d] and `patches` [b, n, d]; any batch, one image size."""
+    require_onnx()
+    batch = torch.export.Dim("batch")
+    torch.onnx.export(
+        _Tokens(model).eval(),
+        (torch.zeros(2, 3, img_size, img_size),),
+        path,
+        input_names=["images"],
+        output_names=["cls", "patches"],
+        dynamic_shapes={"images": {0: batch}},
+        dynamo=True,
+        external_data=False,
+        verbose=False,
+    )
+
+
+def _config_json(
+    model: nn.Module,
+    folder: Path,
+    card: Card,
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+) -> str:
+    path = folder / CONFIG
+    data = {"input_size": (3, card.img_size, card.img_size), "mean": mean, "std": std, "crop_pct": 0.875}
+    save_config_for_hf(model, str(path), data_config=data)
+    config: dict[str, Any] = json.loads(path.read_text())
+    for name in TRAINING_ARGS:
+        config.get("model_args", {}).pop(name, None)
+    # timm copies what it knows of the released weights of this architecture; these are others.
+    for name in ("tag", "origin_url", "paper_ids", "paper_name", "notes"):
+        config["pretrained_cfg"].pop(name, None)
+    config["pretrained_cfg"]["license"] = card.licence
+    return json.dumps(config, indent=2) + "\n"
+
+
+def _write_sums(folder: Path) -> None:
+    names = sorted(path.name for path in folder.iterdir())
+    lines = (f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {name}\n" for name in names)
+    (folder / SUMS).write_text("".join(lines))
+
+
+def main() -> int:
+    """Command line; returns the exit status."""
+    try:
+        folder = export_run(tyro.cli(ExportArgs, description=(__doc__ or "").splitlines()[0]))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(
+        f'{folder}: written and verified. timm.create_model("local-dir:{folder}", pretrained=True) loads it.'
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

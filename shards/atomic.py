@@ -1,0 +1,80 @@
+"""Write files so that a reader sees the whole of one or nothing of it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from shards.errors import UserError
+
+TEMPORARY_MARK = ".tmp-"
+
+
+@contextmanager
+def explain_disk_errors(path: Path) -> Iterator[None]:
+    """Turn "no space" and "cannot write" into a UserError that names the place and what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            free = shutil.disk_usage(path.parent).free
+            raise UserError(
+                f"{path}: the disk is full ({free / 1e6:.0f} MB free). "
+                "Make room and run the same command again: what is finished is kept."
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise UserError(
+                f"{path}: cannot be written ({error.strerror}). "
+                "Make the folder writable, or choose another, and run the same command again."
+            ) from error
+        raise
+
+
+@contextmanager
+def open_atomic(path: Path) -> Iterator[BinaryIO]:
+    """Open a file for writing that appears under `path`, whole and synced, only if the block ends well.
+
+    Raises:
+        UserError: the disk is full or the place cannot be written.
+    """
+    temporary = path.with_name(f"{path.name}{TEMPORARY_MARK}{os.getpid()}")
+    try:
+        with explain_disk_errors(path):
+            with temporary.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+            sync_folder(path.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_atomic(path: Path, write: Callable[[BinaryIO], object] | bytes) -> None:
+    """Write `path` at once, from bytes or by a function that is given the open file."""
+    with open_atomic(path) as file:
+        if isinstance(write, bytes):
+            file.write(write)
+        else:
+            write(file)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames and removals in `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove what a killed writer left half-written in `folder`."""
+    for path in folder.glob(f"*{TEMPORARY_MARK}*"):
+        path.unlink(missing_ok=True)

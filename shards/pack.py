@@ -1,0 +1,319 @@
+"""Pack a source into a folder of shards: list, pack in parallel, and publish the manifest last."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from shards.atomic import explain_disk_errors, remove_temporaries, sync_folder, write_atomic
+from shards.errors import UserError
+from shards.format import (
+    CLASSES_NAME,
+    FORMAT_VERSION,
+    INDEX_NAME,
+    MANIFEST_NAME,
+    QUARANTINE_NAME,
+    WORK_FOLDER,
+    FileEntry,
+    Manifest,
+    canonical_json,
+    check_files,
+    load_manifest,
+)
+from shards.index import write_index
+from shards.listing import Listing, write_listing
+from shards.lock import only_packer
+from shards.sanitize import policy_fields
+from shards.shard_writer import ShardRecord, ShardSettings, file_sha256, merged_columns, read_record
+from shards.sources.base import Source
+from shards.sources.recognise import SourceOptions, recognise
+from shards.workers import LISTING_FOLDER, RECORDS_FOLDER, PackJob, finish_shards
+
+ROWS_PER_SHARD = 2048
+_REQUEST_FILE = "request.json"
+_TAR_BYTES_A_ROW = 3584  # three headers, padding, label and description
+
+
+def pack(
+    source: str | Path,
+    output: str | Path,
+    *,
+    rows_per_shard: int = ROWS_PER_SHARD,
+    seed: int = 0,
+    workers: int | None = None,
+    options: SourceOptions = SourceOptions(),  # noqa: B008  (frozen)
+    keep_warned: bool = False,
+    skip_unreadable: bool = False,
+    progress: bool = True,
+) -> Manifest:
+    """Pack images into shards, or continue where an earlier call with the same arguments stopped.
+
+    The result depends on the source's names, labels and bytes, `seed`, `rows_per_shard` and the policy, to
+    the byte; not on `workers`, nor on interruptions.
+
+    Args:
+        source: class folders, a folder of images, an ImageNet tar, or a folder of parquet files.
+        output: folder to make; empty, absent, or one that this function began.
+        rows_per_shard: images planned a shard.
+        seed: seed of the order of rows.
+        workers: processes; by default one a core that this process may use.
+        options: labels, classes and split of the source, where it does not tell them itself.
+        keep_warned: re-encode JPEGs that the decoder warns of instead of quarantining them.
+        skip_unreadable: quarantine files that cannot be read instead of stopping.
+        progress: print what was found and done, with a bar.
+
+    Returns:
+        The manifest of the finished folder.
+
+    Raises:
+        UserError: anything about the source, the output or the disk that the user can act on.
+    """
+    if rows_per_shard < 1:
+        raise UserError(f"rows_per_shard is {rows_per_shard}. It is a number of images: 1 or more.")
+    source, output = Path(source), Path(output)
+    workers = workers or len(os.sched_getaffinity(0))
+    _check_places(source, output)
+    found = recognise(source, options)
+    say = print if progress else _say_nothing
+    say(f"{source}: {found.kind}")
+    settings = ShardSettings(found.class_names, rows_per_shard, keep_warned, skip_unreadable)
+    with explain_disk_errors(output):
+        output.mkdir(parents=True, exist_ok=True)
+        with only_packer(output / WORK_FOLDER):
+            run = _Run(source, output, found, settings, seed, progress)
+            manifest = run.continue_to_end(workers)
+    say(summary(manifest, output, run.seconds))
+    return manifest
+
+
+def _say_nothing(_: str) -> None:
+    pass
+
+
+def _check_places(source: Path, output: Path) -> None:
+    if not source.exists():
+        raise UserError(f"{source}: no such file or folder. Give the path of the images as DATA or --source.")
+    if output.exists() and not output.is_dir():
+        raise UserError(f"{output}: is a file. Give a folder for the shards.")
+    inside = source.resolve()
+    if inside.is_dir() and inside in (output.resolve(), *output.resolve().parents):
+        raise UserError(f"{output}: lies inside the source {source}. Choose a folder outside it.")
+    ours = (output / MANIFEST_NAME).exists() or (output / WORK_FOLDER).is_dir()
+    if output.is_dir() and not ours and any(output.iterdir()):
+        strange = sorted(path.name for path in output.iterdir())
+        raise UserError(
+            f"{output}: holds other files ({', '.join(strange[:3])}, {len(strange)} in all) and no shards. "
+            "Choose an empty or a new folder."
+        )
+
+
+@dataclass
+class _Run:
+    """One call of `pack`, under the lock."""
+
+    source_path: Path
+    output: Path
+    source: Source
+    settings: ShardSettings
+    seed: int
+    progress: bool
+    seconds: float = 0.0
+
+    @property
+    def work(self) -> Path:
+        return self.output / WORK_FOLDER
+
+    def continue_to_end(self, workers: int) -> Manifest:
+        began = time.monotonic()
+        published = (self.output / MANIFEST_NAME).exists()
+        listing = self._list(keep=not published)
+        if published:
+            manifest = self._check_published(listing)
+        else:
+            self._check_free_disk(listing)
+            manifest = self._pack(listing, workers)
+        shutil.rmtree(self.work)
+        sync_folder(self.output)
+        self.seconds = time.monotonic() - began
+        return manifest
+
+    def _list(self, *, keep: bool) -> Listing:
+        """List the source; where packing was begun before, what was listed then must be the same."""
+        remove_temporaries(self.output)
+        remove_temporaries(self.work)
+        (self.work / RECORDS_FOLDER).mkdir(exist_ok=True)
+        remove_temporaries(self.work / RECORDS_FOLDER)
+        folder, request_path = self.work / LISTING_FOLDER, self.work / _REQUEST_FILE
+        begun = request_path.exists() and keep
+        fresh = self.work / "listing.new"
+        items = tqdm(
+            self.source.items(), desc="listing", unit=" images", disable=not self.progress, mininterval=0.5
+        )
+        listing = write_listing(fresh, items, self.seed, str(self.source_path))
+        if self.progress and self.source.ignored:
+            passed_over = ", ".join(f"{reason} ({count})" for reason, count in self.source.ignored.items())
+            print(f"Passed over: {passed_over}")
+        if not keep:
+            return listing
+        request = self._request()
+        if begun:
+            self._compare_requests(json.loads(request_path.read_bytes()), request)
+            difference = listing.first_difference(Listing(folder))
+            if difference is not None:
+                raise UserError(
+                    f"{self.source_path}: changed since this packing began: {difference}. "
+                    f"Restore it, or delete {self.output} to begin anew."
+                )
+        shutil.rmtree(folder, ignore_errors=True)
+        fresh.rename(folder)
+        write_atomic(request_path, canonical_json(request))
+        return Listing(folder)
+
+    def _request(self) -> dict[str, Any]:
+        return {
+            "seed": self.seed,
+            "rows_per_shard": self.settings.rows_per_shard,
+            "class_names": list(self.settings.class_names),
+            **policy_fields(keep_warned=self.settings.keep_warned),
+        }
+
+    def _compare_requests(self, before: dict[str, Any], now: dict[str, Any]) -> None:
+        for name in sorted(before.keys() | now.keys()):
+            if before.get(name) != now.get(name):
+                raise UserError(
+                    f"{self.output}: packing was begun with {name} = {_short(before.get(name))}, now it is "
+                    f"{_short(now.get(name))}. Give the same arguments, or delete the folder to begin anew."
+                )
+
+    def _check_published(self, listing: Listing) -> Manifest:
+        """Check that the finished folder is what this call would make, as far as its manifest tells."""
+        manifest = load_manifest(self.output)
+        wanted = self._request() | {"content": listing.content_hash()}
+        held = {
+            "seed": manifest.seed,
+            "rows_per_shard": manifest.rows_per_shard,
+            "class_names": list(manifest.class_names),
+            "content": manifest.source["content_sha256"],
+            **manifest.policy,
+        }
+        differing = [name for name in sorted(wanted) if wanted[name] != held.get(name)]
+        if differing:
+            shutil.rmtree(self.work)
+            raise UserError(
+                f"{self.output}: already holds other shards ({manifest.num_rows} rows; {differing[0]} is "
+                f"{_short(held.get(differing[0]))}, this call has {_short(wanted[differing[0]])}). "
+                "Choose another folder, or delete this one."
+            )
+        check_files(self.output, manifest)
+        return manifest
+
+    def _check_free_disk(self, listing: Listing) -> None:
+        needed = listing.total_bytes + len(listing) * _TAR_BYTES_A_ROW
+        there = sum(path.stat().st_size for path in self.output.glob("shard-*.tar"))
+        free = shutil.disk_usage(self.output).free
+        if free + there < needed:
+            raise UserError(
+                f"{self.output}: about {needed / 1e9:.2f} GB are needed, {(free + there) / 1e9:.2f} GB are free "
+                "there. Make room, or choose a folder on a larger disk."
+            )
+
+    def _pack(self, listing: Listing, workers: int) -> Manifest:
+        num_shards = -(-len(listing) // self.settings.rows_per_shard)
+        job = PackJob(self.output, self.source.containers, self.settings)
+        quarantined = 0
+        with tqdm(
+            total=len(listing), desc="packing", unit=" images", disable=not self.progress, mininterval=0.5
+        ) as bar:
+
+            def report(done: int, newly_quarantined: int) -> None:
+                nonlocal quarantined
+                quarantined += newly_quarantined
+                if newly_quarantined:
+                    bar.set_postfix(quarantined=quarantined, refresh=False)
+                bar.update(done)
+
+            bar.set_postfix(quarantined=0, refresh=False)
+            finish_shards(job, range(num_shards), min(workers, num_shards), report)
+        return self._publish(listing, num_shards)
+
+    def _publish(self, listing: Listing, num_shards: int) -> Manifest:
+        """Write index, classes, quarantine list and, last of all, the manifest."""
+        records = [_finished_record(self.work / RECORDS_FOLDER, number) for number in range(num_shards)]
+        filled = tuple(record.entry for record in records if record.entry.rows)
+        if not filled:
+            reason = records[0].quarantined[0]
+            raise UserError(
+                f"{self.source_path}: none of its {len(listing)} images can be packed. "
+                f"The first: {reason['name']}: {reason['reason']}. Check that these are images."
+            )
+        quarantined = [entry for record in records for entry in record.quarantined]
+        write_atomic(
+            self.output / INDEX_NAME,
+            lambda file: write_index(file, lambda name: merged_columns(records, name)),
+        )
+        classes = json.dumps(list(self.settings.class_names), indent=0).encode() + b"\n"
+        write_atomic(self.output / CLASSES_NAME, classes)
+        lines = b"".join(canonical_json(entry) + b"\n" for entry in quarantined)
+        write_atomic(self.output / QUARANTINE_NAME, lines)
+        counts: Counter[str] = Counter(quarantined=len(quarantined))
+        for record in records:
+            counts.update(record.counts)
+        manifest = Manifest(
+            format_version=FORMAT_VERSION,
+            rows_per_shard=self.settings.rows_per_shard,
+            seed=self.seed,
+            class_names=self.settings.class_names,
+            policy=policy_fields(keep_warned=self.settings.keep_warned),
+            source={
+                "kind": self.source.kind,
+                "images": len(listing),
+                "bytes": listing.total_bytes,
+                "content_sha256": listing.content_hash(),
+            },
+            counts=dict(sorted(counts.items())),
+            shards=filled,
+            files=tuple(
+                _file_entry(self.output / name) for name in (INDEX_NAME, CLASSES_NAME, QUARANTINE_NAME)
+            ),
+        )
+        write_atomic(self.output / MANIFEST_NAME, manifest.to_json())
+        return manifest
+
+
+def _finished_record(records: Path, number: int) -> ShardRecord:
+    record = read_record(records, number)
+    assert record is not None, number
+    return record
+
+
+def _file_entry(path: Path) -> FileEntry:
+    return FileEntry(path.name, path.stat().st_size, file_sha256(path))
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def summary(manifest: Manifest, output: Path, seconds: float) -> str:
+    """Return the closing lines of a packing: what was packed, changed and left out."""
+    total = sum(shard.bytes for shard in manifest.shards)
+    counts = dict(manifest.counts)
+    quarantined = counts.pop("quarantined")
+    details = ", ".join(f"{name} {count}" for name, count in counts.items())
+    lines = [
+        f"{output}: {manifest.num_rows} images of {manifest.num_classes} classes in {len(manifest.shards)} "
+        f"shards, {total / 1e9:.2f} GB, in {seconds:.0f} s ({details}; quarantined {quarantined})"
+    ]
+    if quarantined:
+        lines.append(f"Left out, with reasons: {output / QUARANTINE_NAME}")
+    return "\n".join(lines)
+

@@ -1,0 +1,256 @@
+"""Decide once, strictly, what becomes of an image: kept verbatim, re-encoded, or rejected with the reason."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import PIL
+import simplejpeg
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from shards.format import RowFlag
+from shards.jpeg_header import (
+    BASELINE,
+    EOI,
+    PROCESS_NAMES,
+    PROGRESSIVE,
+    SOI,
+    JpegHeader,
+    parse_jpeg_header,
+)
+
+MAX_SIDE = 32767  # heights and widths travel in 15 bits of the crop specs
+MAX_PIXELS = 1 << 26  # 67 Mpx, 200 MB as RGB: what one decode may cost in packing and in every epoch
+MAX_FILE_BYTES = 1 << 28
+REENCODE_QUALITY = 95
+
+_NO_FLAGS = RowFlag(0)
+# Formats that Pillow may open. Others that it knows start programs (EPS) or are no photographs.
+_OTHER_FORMATS = ("PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
+_MISSING_EOI = "Premature end of JPEG file"
+# In the order in which they are tried: the first that brings an image inside the limits.
+_SCALE_FACTORS = (1, 2, 4, 8)
+
+
+class ImageRejected(ValueError):
+    """An image that cannot be stored; the message is the reason."""
+
+
+@dataclass(frozen=True)
+class StoredImage:
+    """What goes into a shard: the JPEG, its size in pixels, its flags and what it was re-encoded from."""
+
+    jpeg: bytes
+    height: int
+    width: int
+    flags: RowFlag
+    origin: str = ""  # why it was re-encoded, such as "PNG" or "CMYK JPEG"; empty where it was not
+
+
+def policy_fields(*, keep_warned: bool) -> dict[str, Any]:
+    """Return what decides the stored bytes, for the manifest: the limits, the quality, the versions."""
+    return {
+        "version": 1,
+        "max_side": MAX_SIDE,
+        "max_pixels": MAX_PIXELS,
+        "max_file_bytes": MAX_FILE_BYTES,
+        "reencode": f"RGB JPEG q{REENCODE_QUALITY} 4:4:4, EXIF orientation applied, alpha over white",
+        "keep_warned": keep_warned,
+        "simplejpeg": simplejpeg.__version__,
+        "pillow": PIL.__version__,
+    }
+
+
+def sanitise(data: bytes, *, keep_warned: bool = False) -> StoredImage:
+    """Return what to store for the bytes of an image file.
+
+    An 8-bit baseline or progressive gray or YCbCr JPEG of orientation 1 that decodes without a warning is
+    kept byte for byte. Whatever else decodes cleanly is re-encoded as an RGB JPEG.
+
+    Args:
+        data: the file's bytes.
+        keep_warned: re-encode a JPEG about which the decoder only warns, as Pillow reads it, instead of
+            rejecting it. Damaged pixels may enter.
+
+    Raises:
+        ImageRejected: the bytes are no image, are damaged, or are too large.
+    """
+    if not data:
+        raise ImageRejected("empty file (0 bytes)")
+    if not data.startswith(SOI):
+        pixels, origin = _decode_other(data)
+        return _encode(pixels, origin)
+    header = parse_jpeg_header(data)
+    if header is None:
+        raise ImageRejected("damaged JPEG: its markers are not well formed")
+    if header.precision != 8:
+        raise ImageRejected(f"{header.precision}-bit JPEG: decoders read 8 bits")
+    return _sanitise_jpeg(data, header, keep_warned)
+
+
+def _sanitise_jpeg(data: bytes, header: JpegHeader, keep_warned: bool) -> StoredImage:
+    factor = _scale_factor(header.height, header.width)
+    try:
+        simplejpeg.decode_jpeg_header(data, strict=True)
+    except ValueError:  # sampling factors that turbojpeg has no name for; libjpeg, and so Pillow, reads them
+        return _encode(_decode_by_pillow(data, header, factor), "JPEG of unusual sampling")
+    try:
+        data, flags = _check_entropy_coding(data, header)
+    except ValueError as error:
+        if not keep_warned:
+            raise ImageRejected(f"damaged JPEG: {error}") from error
+        return _encode(_decode_by_pillow(data, header, factor), "JPEG with a warning", RowFlag.WARNED)
+    origin = _reason_to_reencode(header, factor)
+    if origin:
+        if header.orientation != 1:
+            flags |= RowFlag.ROTATED
+        if factor != 1:
+            flags |= RowFlag.DOWNSCALED
+        return _encode(_decode_to_rgb(data, header, factor), origin, flags)
+    if header.is_gray:
+        flags |= RowFlag.GRAY
+    if header.process == PROGRESSIVE:
+        flags |= RowFlag.PROGRESSIVE
+    if not data.endswith(EOI):
+        flags |= RowFlag.TRAILING_BYTES
+    return StoredImage(data, header.height, header.width, flags)
+
+
+def _reason_to_reencode(header: JpegHeader, factor: int) -> str:
+    """Return why a JPEG that decodes cleanly cannot be kept as it is; empty where it can."""
+    if len(header.component_ids) == 4:
+        return "CMYK JPEG"
+    if header.process not in (BASELINE, PROGRESSIVE):
+        return f"{PROCESS_NAMES.get(header.process, hex(header.process))} JPEG"
+    if not (header.is_gray or header.is_ycbcr):
+        return "RGB JPEG" if len(header.component_ids) == 3 else f"{len(header.component_ids)}-component JPEG"
+    if header.orientation != 1:
+        return "JPEG with an EXIF orientation"
+    return "JPEG over the size limit" if factor != 1 else ""
+
+
+def _check_entropy_coding(data: bytes, header: JpegHeader) -> tuple[bytes, RowFlag]:
+    """Decode every coefficient strictly; return the bytes to store, the end mark appended where it lacked.
+
+    All of libjpeg's warnings come from markers and entropy decoding, none from the transform or the colour
+    conversion; so the check decodes at 1/8 scale, where those cost next to nothing.
+
+    A baseline JPEG that lacks its end mark alone is whole: with the mark appended it decodes without a
+    warning. For a progressive one that would prove nothing, since whole scans could be missing too.
+
+    Raises:
+        ValueError: the decoder warned or failed; the message is its own.
+    """
+    try:
+        _strict_decode(data, header)
+        return data, _NO_FLAGS
+    except ValueError as error:
+        if _MISSING_EOI not in str(error) or header.process != BASELINE:
+            raise
+        try:
+            _strict_decode(data + EOI, header)
+        except ValueError:
+            raise error from None
+        return data + EOI, RowFlag.EOI_ADDED
+
+
+def _strict_decode(data: bytes, header: JpegHeader) -> None:
+    if len(header.component_ids) == 4:
+        colorspace = "CMYK"
+    else:
+        colorspace = "GRAY" if header.is_gray or header.is_ycbcr else "RGB"
+    simplejpeg.decode_jpeg(data, colorspace=colorspace, min_height=1, min_width=1, min_factor=8, strict=True)
+
+
+def _scale_factor(height: int, width: int) -> int:
+    """Return the smallest factor of _SCALE_FACTORS that brings an image inside the limits."""
+    if height == 0 or width == 0:
+        raise ImageRejected(f"no pixels: {width}x{height}")
+    for factor in _SCALE_FACTORS:
+        scaled_height, scaled_width = -(-height // factor), -(-width // factor)
+        if max(scaled_height, scaled_width) <= MAX_SIDE and scaled_height * scaled_width <= MAX_PIXELS:
+            return factor
+    raise ImageRejected(f"too large: {width}x{height}; at 1/8 still over {MAX_PIXELS} pixels")
+
+
+def _decode_to_rgb(data: bytes, header: JpegHeader, factor: int) -> npt.NDArray[np.uint8]:
+    if len(header.component_ids) == 4:
+        return _decode_by_pillow(data, header, factor)
+    pixels = simplejpeg.decode_jpeg(
+        data, colorspace="RGB", min_height=1, min_width=1, min_factor=factor, strict=True
+    )
+    return _orient(pixels, header.orientation)
+
+
+def _decode_by_pillow(data: bytes, header: JpegHeader, factor: int) -> npt.NDArray[np.uint8]:
+    """Decode a JPEG that turbojpeg does not convert to RGB, such as CMYK, inverted by Adobe's rule or not."""
+    if factor != 1:
+        raise ImageRejected(f"too large: {header.width}x{header.height}, and only decodable at full size")
+    try:
+        with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
+            pixels = np.asarray(image.convert("RGB"))
+    except (OSError, SyntaxError) as error:
+        raise ImageRejected(f"damaged JPEG: {error}") from error
+    return _orient(pixels, header.orientation)
+
+
+def _orient(pixels: npt.NDArray[np.uint8], orientation: int) -> npt.NDArray[np.uint8]:
+    """Apply an EXIF orientation to pixels [h, w, 3]."""
+    if orientation in (5, 6, 7, 8):
+        pixels = pixels.transpose(1, 0, 2)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return pixels
+
+
+def _decode_other(data: bytes) -> tuple[npt.NDArray[np.uint8], str]:
+    """Decode the first frame of an image that is no JPEG; return RGB [h, w, 3] and the format's name."""
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            with Image.open(io.BytesIO(data), formats=_OTHER_FORMATS) as image:
+                if _scale_factor(image.height, image.width) != 1:
+                    raise ImageRejected(f"too large: {image.width}x{image.height} {image.format}")
+                origin = str(image.format)
+                image.load()
+                pixels = np.asarray(_to_rgb(ImageOps.exif_transpose(image)))
+    except ImageRejected:
+        raise
+    except UnidentifiedImageError as error:
+        raise ImageRejected(f"no image: begins with {data[:16]!r}") from error
+    except Image.DecompressionBombError as error:
+        raise ImageRejected(f"too large: {error}") from error
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise ImageRejected(f"damaged: {error}") from error
+    if caught:
+        raise ImageRejected(f"damaged {origin}: {caught[0].message}")
+    return pixels, origin
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Convert any mode to RGB: 16 bits scaled to 8, alpha laid over white."""
+    if image.mode.startswith("I;16"):
+        wide = np.asarray(image).astype(np.uint32)
+        return Image.fromarray(((wide + 128) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ImageRejected(f"pixels of mode {image.mode}, whose range is not known")
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        opaque = image.convert("RGBA")
+        white = Image.new("RGBA", opaque.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, opaque).convert("RGB")
+    return image.convert("RGB")
+
+
+def _encode(pixels: npt.NDArray[np.uint8], origin: str, flags: RowFlag = _NO_FLAGS) -> StoredImage:
+    height, width = pixels.shape[:2]
+    jpeg = simplejpeg.encode_jpeg(
+        np.ascontiguousarray(pixels), quality=REENCODE_QUALITY, colorspace="RGB", colorsubsampling="444"
+    )
+    return StoredImage(jpeg, height, width, flags | RowFlag.REENCODED, origin)

@@ -1,0 +1,1 @@
+"""The kinds of source that can be packed, and how each is recognised."""

@@ -1,0 +1,141 @@
+"""Commit records: a tar shard is in the cache if and only if its record is. One writer a shard."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cache_tools.errors import CacheCorrupt, CacheIncomplete
+from cache_tools.fingerprint import fingerprint_sha256
+from cache_tools.format import (
+    FORMAT_VERSION,
+    CacheSpec,
+    Paths,
+    canonical_json,
+    read_json,
+    sync_folder,
+    write_atomic,
+)
+from cache_tools.shard_file import REPAIR, FileRecord
+from shards.errors import UserError
+
+
+@dataclass(frozen=True)
+class Commit:
+    """The record of one tar shard in one view set.
+
+    Attributes:
+        shard: number of the tar shard.
+        rows: its rows.
+        fingerprint: sha256 of the fingerprint under which it was written.
+        files: record of each array's file.
+    """
+
+    shard: int
+    rows: int
+    fingerprint: str
+    files: dict[str, FileRecord]
+
+
+def write_commit(paths: Paths, view_set: int, commit: Commit) -> None:
+    """Write the record that makes a shard exist. Its files must be durable and in place."""
+    value = {
+        "shard": commit.shard,
+        "rows": commit.rows,
+        "fingerprint": commit.fingerprint,
+        "files": {name: record.to_json() for name, record in commit.files.items()},
+    }
+    write_atomic(paths.commit(view_set, commit.shard), canonical_json(value) + b"\n")
+
+
+def read_commit(paths: Paths, view_set: int, shard: int, spec: CacheSpec, fingerprint: str) -> Commit:
+    """Read and check one record; CacheCorrupt where it does not fit the cache it lies in."""
+    path = paths.commit(view_set, shard)
+    value = read_json(path)
+    try:
+        files = {name: FileRecord.from_json(record) for name, record in value["files"].items()}
+        commit = Commit(int(value["shard"]), int(value["rows"]), str(value["fingerprint"]), files)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise CacheCorrupt(f"{path}: not a commit record ({error!r}). {REPAIR}") from error
+    for name, found, expected in (
+        ("shard", commit.shard, shard),
+        ("rows", commit.rows, spec.shard_rows[shard]),
+        ("fingerprint", commit.fingerprint, fingerprint),
+        ("files", sorted(commit.files), sorted(array.name for array in spec.arrays())),
+    ):
+        if found != expected:
+            raise CacheCorrupt(f"{path}: {name} is {found}, this cache needs {expected}. {REPAIR}")
+    return commit
+
+
+def committed_shards(paths: Paths, view_set: int, spec: CacheSpec) -> list[int]:
+    """Return the shards that have a record, ascending."""
+    found = (path.stem for path in paths.commits(view_set).glob("[0-9]*.json"))
+    return sorted(int(stem) for stem in found if stem.isdigit() and int(stem) < spec.num_shards)
+
+
+def read_commits(paths: Paths, view_set: int, spec: CacheSpec, fingerprint: str) -> list[Commit]:
+    """Return the records of a finished view set; CacheIncomplete where some are not there."""
+    done = committed_shards(paths, view_set, spec)
+    missing = sorted(set(range(spec.num_shards)) - set(done))
+    if missing:
+        shown = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
+        raise CacheIncomplete(
+            f"{paths.root}: view set {view_set} lacks {len(missing)} of {spec.num_shards} shards ({shown}). "
+            "The build was stopped; the same build command again continues it."
+        )
+    return [read_commit(paths, view_set, shard, spec, fingerprint) for shard in done]
+
+
+@contextmanager
+def shard_lock(paths: Paths, view_set: int, shard: int) -> Iterator[bool]:
+    """Hold the only right to write a shard; yields False where another process holds it.
+
+    The kernel drops the lock with the process. The lock file is removed once the shard is committed;
+    whoever takes a lock must therefore look for the record again.
+    """
+    path = paths.commits(view_set) / f".lock.{shard:06d}"
+    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        except OSError as error:
+            raise UserError(
+                f"{path}: this file system has no file locks ({error.strerror}), so two builds could write one "
+                "shard. Build on another file system and copy the finished cache."
+            ) from error
+        yield True
+        if paths.commit(view_set, shard).exists():
+            path.unlink(missing_ok=True)
+    finally:
+        os.close(fd)
+
+
+def write_manifest(paths: Paths, spec: CacheSpec, fingerprint: dict[str, Any]) -> list[int]:
+    """List the finished view sets in manifest.json and return them; derived, so any rank may."""
+    finished = [k for k in paths.view_sets() if len(committed_shards(paths, k, spec)) == spec.num_shards]
+    value = {
+        "format_version": FORMAT_VERSION,
+        "fingerprint": fingerprint_sha256(fingerprint),
+        "shards": spec.num_shards,
+        "rows": spec.num_rows,
+        "bytes_per_view_set": spec.view_set_bytes(),
+        "view_sets": finished,
+    }
+    write_atomic(paths.manifest, canonical_json(value) + b"\n")
+    return finished
+
+
+def drop_commit(paths: Paths, view_set: int, shard: int) -> None:
+    """Remove a shard from the cache: first its record, durably."""
+    path: Path = paths.commit(view_set, shard)
+    path.unlink(missing_ok=True)
+    sync_folder(path.parent)

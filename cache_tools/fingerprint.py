@@ -1,0 +1,119 @@
+"""What a cache was made from, as one dictionary, and what to say when a run needs another."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+from cache_tools.errors import CacheMismatch
+from cache_tools.format import CodecName, canonical_json
+from pipeline.augmentation import Augmentation
+from pipeline.plan import PLAN_VERSION, box_test_vector
+from shards.format import Manifest
+
+Json = dict[str, Any]
+SHOWN_FIELDS = 8
+# Filled in by the build, which measures it; a run cannot know it beforehand.
+MEASURED = "codec.calibration"
+
+
+def cache_fingerprint(
+    *,
+    teacher: Json | None,
+    augmentation: Augmentation,
+    seed: int,
+    manifest: Manifest,
+    decoder: str | None,
+    codec: CodecName | None,
+    calibration_rows: int | None = None,
+) -> Json:
+    """Return the canonical dictionary that identifies what a cache holds.
+
+    Sections given as None are left out, and what is left out of an expectation is not compared.
+
+    Args:
+        teacher: the frozen teacher's fingerprint.
+        augmentation: its geometry counts; local crops, masks and the student's photometrics do not.
+        seed: seed of the crop plan.
+        manifest: of the shards; every tar counts with its hash.
+        decoder: what turned JPEG bytes into crops, as the loader names it.
+        codec: "int8" or "fp16".
+        calibration_rows: rows from which an int8 codec is calibrated.
+    """
+    fingerprint: Json = {
+        "crops": {
+            "plan_version": PLAN_VERSION,
+            "seed": seed,
+            "geometry": augmentation.geometry_fingerprint(),
+            "box_test_vector": box_test_vector(seed, augmentation),
+        },
+        "data": {
+            "rows": manifest.num_rows,
+            "shards": [f"{s.name} {s.rows} rows {s.bytes} bytes sha256 {s.sha256}" for s in manifest.shards],
+        },
+    }
+    if teacher is not None:
+        fingerprint["teacher"] = teacher
+    if decoder is not None:
+        fingerprint["decoder"] = decoder
+    if codec is not None:
+        fingerprint["codec"] = {"name": codec}
+        if calibration_rows is not None and codec == "int8":
+            fingerprint["codec"]["calibration_rows"] = calibration_rows
+    return fingerprint
+
+
+def fingerprint_sha256(fingerprint: Json) -> str:
+    """Return the hash that every commit record carries."""
+    return hashlib.sha256(canonical_json(fingerprint)).hexdigest()
+
+
+def flatten(value: object, prefix: str = "") -> dict[str, object]:
+    """Return the leaves of nested dictionaries and lists by dotted path."""
+    if isinstance(value, dict) and value:
+        items = [(str(key), item) for key, item in value.items()]
+    elif isinstance(value, (list, tuple)) and value:
+        items = [(str(i), item) for i, item in enumerate(value)]
+    else:
+        return {prefix: value}
+    leaves: dict[str, object] = {}
+    for key, item in items:
+        leaves |= flatten(item, f"{prefix}.{key}" if prefix else key)
+    return leaves
+
+
+def differences(expected: Json, found: Json) -> list[str]:
+    """Return a line for each field that differs, with both values.
+
+    A whole section that `expected` leaves out is not compared; a field within a section that is on one side
+    only differs. The measured calibration is not compared here: the cache checks it against its own arrays.
+    """
+    absent = "(absent)"
+    lines = []
+    for section in expected:
+        ours = flatten({section: expected[section]})
+        theirs = flatten({section: found.get(section, absent)})
+        for name in sorted(ours.keys() | theirs.keys(), key=_natural):
+            left, right = ours.get(name, absent), theirs.get(name, absent)
+            if name.startswith(MEASURED) and left == absent:
+                continue
+            if left != right:
+                lines.append(f"  {name}: this run {left!r}, the cache {right!r}")
+    return lines
+
+
+def _natural(name: str) -> list[tuple[int, int, str]]:
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
+
+
+def check_fingerprint(expected: Json, found: Json, *, where: str) -> None:
+    """Raise CacheMismatch, naming each differing field with both values."""
+    lines = differences(expected, found)
+    if lines:
+        more = f"\n  and {len(lines) - SHOWN_FIELDS} more" if len(lines) > SHOWN_FIELDS else ""
+        raise CacheMismatch(
+            f"{where}: this cache was made from something else. {len(lines)} field(s) differ:\n"
+            + "\n".join(lines[:SHOWN_FIELDS])
+            + more
+            + "\nGive this run the cache's settings, or build another cache in an empty folder."
+        )

@@ -58,21 +58,18 @@ def student(pretrained=True, **kwargs):
 
 @dataclass(frozen=True)
 class ExportArgs:
-    """Options of the export.
-
-    Attributes:
-        run: folder of the run.
-        output: folder to write; RUN/export by default. An earlier export there is replaced.
-        ema: export the EMA of the student where the run keeps one; --no-ema exports the trained weights.
-        onnx: also write model.onnx (needs the onnx and onnxscript packages).
-        licence: licence to state in the model card, where the teacher's is not known to timm.
-    """
+    """Options of the export."""
 
     run: str
+    """Folder of a training run (its --output_dir)."""
     output: str | None = None
+    """Folder to write; RUN/export by default. An earlier export there is replaced."""
     ema: bool = True
+    """Export the EMA of the student where the run keeps one; --no_ema exports the trained weights."""
     onnx: bool = False
+    """Also write model.onnx (needs the onnx and onnxscript packages)."""
     licence: str | None = None
+    """Licence to state in the model card, where the teacher's is not known to timm."""
 
 
 def export_run(args: ExportArgs) -> Path:
@@ -245,13 +242,11 @@ def _write_sums(folder: Path) -> None:
 def main() -> int:
     """Command line; returns the exit status."""
     try:
-        folder = export_run(tyro.cli(ExportArgs, description=(__doc__ or "").splitlines()[0]))
+        folder = export_run(tyro.cli(ExportArgs, use_underscores=True, description=(__doc__ or "").splitlines()[0]))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(
-        f'{folder}: written and verified. timm.create_model("local-dir:{folder}", pretrained=True) loads it.'
-    )
+    print(f'{folder}: written and verified. timm.create_model("local-dir:{folder}", pretrained=True) loads it.')
     return 0
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +139,37 @@ def accuracy_by_epoch_figure(
     return figure
 
 
+def write_run_figures(metrics_path: Path, output: Path, *, levels: Mapping[str, float] | None = None) -> list[Path]:
+    """Write a run's losses.png, targets.png and accuracy_by_epoch.png; those it logged nothing for are left out.
+
+    Args:
+        metrics_path: the run's metrics.jsonl; where there is none, nothing is written.
+        output: folder to write to.
+        levels: accuracies to compare with, by name; see `accuracy_by_epoch_figure`.
+
+    Returns:
+        The files written.
+    """
+    if not metrics_path.is_file():
+        return []
+    metrics = read_metrics(metrics_path)
+    logged = set().union(*metrics)
+    drawings: dict[str, tuple[bool, Callable[[], Figure]]] = {
+        "losses.png": (not logged.isdisjoint(LOSS_TERMS), lambda: loss_figure(metrics)),
+        "targets.png": (not logged.isdisjoint(ENTROPIES), lambda: target_figure(metrics)),
+        "accuracy_by_epoch.png": (
+            {"knn_top1", "epoch"} <= logged,
+            lambda: accuracy_by_epoch_figure(metrics, levels=levels),
+        ),
+    }
+    written = []
+    for name, (has_data, draw) in drawings.items():
+        if has_data:
+            write_figure(draw(), output / name)
+            written.append(output / name)
+    return written
+
+
 def accuracy_bars_figure(accuracies: Mapping[str, Mapping[str, float]]) -> Figure:
     """Grouped bars: a group a measure, a bar a model.
 
@@ -162,9 +193,7 @@ def accuracy_bars_figure(accuracies: Mapping[str, Mapping[str, float]]) -> Figur
     return figure
 
 
-def image_grid_figure(
-    columns: Mapping[str, Sequence[npt.NDArray[Any]]], *, cell_inches: float = 1.4
-) -> Figure:
+def image_grid_figure(columns: Mapping[str, Sequence[npt.NDArray[Any]]], *, cell_inches: float = 1.4) -> Figure:
     """A sheet of pictures: a titled column a key, a row an item.
 
     Args:
@@ -192,9 +221,7 @@ def image_grid_figure(
     return figure
 
 
-def patch_pca_figure(
-    crops: UInt8[Tensor, "b h w 3"], colours: Mapping[str, Float[Tensor, "b n 3"]]
-) -> Figure:
+def patch_pca_figure(crops: UInt8[Tensor, "b h w 3"], colours: Mapping[str, Float[Tensor, "b n 3"]]) -> Figure:
     """Images, and beside them each model's patch features painted by the teacher's principal components.
 
     Args:

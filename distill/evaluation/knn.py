@@ -98,10 +98,7 @@ def knn_accuracy(
     predictions = knn_predict(
         bank, bank_labels, queries, k=k, temperature=temperature, queries_are_bank=queries_are_bank
     )
-    return {
-        each: 100 * (predicted == query_labels).double().mean().item()
-        for each, predicted in predictions.items()
-    }
+    return {each: 100 * (predicted == query_labels).double().mean().item() for each, predicted in predictions.items()}
 
 
 def knn_top1(

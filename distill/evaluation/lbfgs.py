@@ -128,9 +128,7 @@ class _Objective:
         self.features = features
         self.labels = labels
         self.num_classes = num_classes
-        self.regularisations = torch.tensor(
-            list(regularisations), dtype=features.dtype, device=features.device
-        )
+        self.regularisations = torch.tensor(list(regularisations), dtype=features.dtype, device=features.device)
         self.block_elements = block_elements
 
     def __call__(self, point: Float[Tensor, "p e"], chosen: Tensor) -> tuple[Tensor, Tensor]:

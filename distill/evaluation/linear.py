@@ -98,9 +98,7 @@ def linear_probe(
             split.
     """
     if protocol.solver not in ("lbfgs", "sgd"):
-        raise UserError(
-            f"linear probe: solver {protocol.solver!r} is not known. Choose lbfgs or sgd (--protocol)."
-        )
+        raise UserError(f"linear probe: solver {protocol.solver!r} is not known. Choose lbfgs or sgd (--protocol).")
     if not sets:
         raise UserError(
             "linear probe: no feature set to fit; the model has fewer blocks than every value of --layers. "

@@ -55,9 +55,7 @@ class LinearMap:
         return self.centred(source) + self.target_mean
 
 
-def fit_linear_map(
-    source: Float[Tensor, "n d"], target: Float[Tensor, "n e"], *, ridge: float = 1e-3
-) -> LinearMap:
+def fit_linear_map(source: Float[Tensor, "n d"], target: Float[Tensor, "n e"], *, ridge: float = 1e-3) -> LinearMap:
     """Ridge regression from one model's features to another's.
 
     Args:

@@ -31,6 +31,7 @@ class Protocol:
         ridge: of the map behind the cosine to the teacher.
         train_data, val_data: fingerprints of the shards.
         train_rows, val_rows: labelled images used.
+        seed: of the sample where not all rows are used, and of random weights.
         backend: who decoded and cropped; backends differ by less than 0.2/255 a pixel.
         version: of this protocol.
     """
@@ -47,6 +48,7 @@ class Protocol:
     val_data: str
     train_rows: int
     val_rows: int
+    seed: int
     backend: str
     version: int = PROTOCOL_VERSION
 
@@ -115,9 +117,7 @@ class ProbeReport:
         student, random, teacher = (self.model(name) for name in ("student", "random", "teacher"))
         if student is None or random is None or teacher is None:
             return {}
-        gaps = {
-            f"knn_{k}": gap_closed(student.knn[k], random.knn[k], teacher.knn[k]) for k in self.protocol.knn_k
-        }
+        gaps = {f"knn_{k}": gap_closed(student.knn[k], random.knn[k], teacher.knn[k]) for k in self.protocol.knn_k}
         gaps["linear"] = gap_closed(student.best.top1, random.best.top1, teacher.best.top1)
         return gaps
 

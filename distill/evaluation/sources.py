@@ -145,13 +145,9 @@ def _load_export(source: str, folder: str, context: SourceContext) -> ProbedMode
     return _frozen(config, source, source, "exported weights", context)
 
 
-def _frozen(
-    config: TeacherConfig, source: str, name: str, detail: str, context: SourceContext
-) -> ProbedModel:
+def _frozen(config: TeacherConfig, source: str, name: str, detail: str, context: SourceContext) -> ProbedModel:
     # fp32 weights for every model of the table: the compute dtype is the probe's own, by autocast.
-    teacher: FrozenTeacher = load_teacher(
-        config, img_size=context.img_size, device=context.device, dtype=torch.float32
-    )
+    teacher: FrozenTeacher = load_teacher(config, img_size=context.img_size, device=context.device, dtype=torch.float32)
     return ProbedModel(
         name=name,
         source=source,

@@ -108,9 +108,7 @@ def test_patch_tokens_leave_out_cls_and_registers() -> None:
 def test_feature_sets_are_concatenated_as_in_dinov2() -> None:
     features = extract_features(small_vit(), batches(), normalise=normalise, device="cpu", layers=3)
     joined = FeatureSet(2, True).of(features)
-    assert torch.equal(
-        joined, torch.cat([features.cls[:, 1], features.cls[:, 2], features.patch_mean], dim=1)
-    )
+    assert torch.equal(joined, torch.cat([features.cls[:, 1], features.cls[:, 2], features.patch_mean], dim=1))
     assert torch.equal(FeatureSet(1, False).of(features), features.cls[:, 2])
     kept, left_out = feature_sets((4, 1), model_depth(small_vit()))
     assert [s.name for s in kept] == ["cls", "cls+mean"]

@@ -54,9 +54,7 @@ def test_votes_equal_a_loop_over_pairs(leave_out: bool, block_elements: int) -> 
     bank = torch.randn(60, 5, generator=generator)
     labels = torch.randint(4, (60,), generator=generator)
     queries = bank if leave_out else torch.randn(35, 5, generator=generator)
-    got = knn_predict(
-        bank, labels, queries, k=[1, 5, 20], queries_are_bank=leave_out, block_elements=block_elements
-    )
+    got = knn_predict(bank, labels, queries, k=[1, 5, 20], queries_are_bank=leave_out, block_elements=block_elements)
     for k in (1, 5, 20):
         expected = loop_over_pairs(bank.tolist(), labels.tolist(), queries.tolist(), k, 0.07, leave_out)
         assert got[k].tolist() == expected
@@ -116,8 +114,7 @@ def test_a_model_in_training_is_scored_and_put_back() -> None:
     assert isinstance(model, Eva)
     model.train()
     scored = [
-        knn_top1(model, coloured(64, 1), coloured(30, 2), normalise=normalise, device="cpu", k=k)
-        for k in (5, 1000)
+        knn_top1(model, coloured(64, 1), coloured(30, 2), normalise=normalise, device="cpu", k=k) for k in (5, 1000)
     ]
     # Mean colour survives a random ViT. k is cut to the bank's 64 rows, where the largest class does not win
     # all.

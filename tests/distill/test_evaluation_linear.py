@@ -23,9 +23,7 @@ WEIGHT_TOLERANCE = 2e-5
 SGD_TOLERANCE = 1e-4
 
 
-def clusters(
-    num_rows: int, num_classes: int, dim: int, seed: int, spread: float = 1.0
-) -> tuple[Tensor, Tensor]:
+def clusters(num_rows: int, num_classes: int, dim: int, seed: int, spread: float = 1.0) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     centres = torch.randn(num_classes, dim, generator=generator, dtype=torch.float64)
     generator.manual_seed(seed)
@@ -46,9 +44,7 @@ def as_features(matrix: Tensor, labels: Tensor) -> Features:
 def test_every_regularisation_equals_scikit_learns_solution() -> None:
     features, labels = clusters(400, 5, 8, seed=1, spread=1.5)
     strengths = [1e-3, 1e-2, 1e-1]
-    ours = fit_logistic(
-        features, labels, num_classes=5, regularisations=strengths, tolerance=1e-8, max_iterations=2000
-    )
+    ours = fit_logistic(features, labels, num_classes=5, regularisations=strengths, tolerance=1e-8, max_iterations=2000)
     assert ours.converged.all()
     for index, strength in enumerate(strengths):
         reference = LogisticRegression(C=1 / (strength * len(labels)), tol=1e-8, max_iter=5000)
@@ -57,9 +53,7 @@ def test_every_regularisation_equals_scikit_learns_solution() -> None:
         # biases.
         bias = ours.bias[index] - ours.bias[index].mean()
         np.testing.assert_allclose(ours.weight[index], reference.coef_, atol=WEIGHT_TOLERANCE)
-        np.testing.assert_allclose(
-            bias, reference.intercept_ - reference.intercept_.mean(), atol=WEIGHT_TOLERANCE
-        )
+        np.testing.assert_allclose(bias, reference.intercept_ - reference.intercept_.mean(), atol=WEIGHT_TOLERANCE)
         predicted = ours.predict(features)[index].numpy()
         assert (predicted == reference.predict(features.numpy())).all()
 
@@ -67,9 +61,7 @@ def test_every_regularisation_equals_scikit_learns_solution() -> None:
 def test_a_problem_alone_and_among_others_has_the_same_solution() -> None:
     features, labels = clusters(200, 4, 6, seed=2, spread=1.5)
     alone, among = (
-        fit_logistic(
-            features, labels, num_classes=4, regularisations=grid, tolerance=1e-9, max_iterations=2000
-        )
+        fit_logistic(features, labels, num_classes=4, regularisations=grid, tolerance=1e-9, max_iterations=2000)
         for grid in ([1e-2], [1.0, 1e-2, 1e-3])
     )
     torch.testing.assert_close(among.weight[1], alone.weight[0], atol=1e-6, rtol=0)
@@ -147,9 +139,7 @@ def test_the_probe_finds_separable_classes_and_chance_for_noise(solver: str) -> 
     val, val_labels = clusters(200, 4, 8, seed=9, spread=0.1)
     noise = torch.randn(600, 8, generator=torch.Generator().manual_seed(1))
     val_noise = torch.randn(200, 8, generator=torch.Generator().manual_seed(2))
-    protocol = LinearProtocol(
-        solver=solver, sgd=SgdProtocol(learning_rates=(0.1, 1.0), steps=300, batch_size=64)
-    )
+    protocol = LinearProtocol(solver=solver, sgd=SgdProtocol(learning_rates=(0.1, 1.0), steps=300, batch_size=64))
     sets = [FeatureSet(1, False), FeatureSet(1, True)]
     good = linear_probe(
         as_features(train, labels), as_features(val, val_labels), sets=sets, protocol=protocol, device="cpu"

@@ -26,9 +26,7 @@ def small_vit(seed: int = 0, **args: Any) -> Any:
     sizes = {"embed_dim": 32, "depth": 2, "num_heads": 2, "init_values": 0.5, **args}
     model = create_vit("vit_small", patch_size=8, model_args=sizes)
     for parameter in model.parameters():
-        torch.nn.init.normal_(
-            parameter, std=0.2
-        )  # nothing left at zero or one, where a lost key would not show
+        torch.nn.init.normal_(parameter, std=0.2)  # nothing left at zero or one, where a lost key would not show
     return model.eval()
 
 
@@ -75,9 +73,7 @@ def test_features_only_and_other_image_sizes_work(tmp_path: Path) -> None:
     folder = export_model(model, tmp_path / "out", card=a_card())
     larger = torch.randn(1, 3, 64, 48, generator=torch.Generator().manual_seed(2))
     loaded: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    pyramid: Any = timm.create_model(
-        f"local-dir:{folder}", pretrained=True, features_only=True, out_indices=[1]
-    )
+    pyramid: Any = timm.create_model(f"local-dir:{folder}", pretrained=True, features_only=True, out_indices=[1])
     with torch.inference_mode():
         expected = model.forward_features(larger)
         assert torch.equal(loaded.forward_features(larger), expected)
@@ -108,9 +104,7 @@ def test_an_earlier_export_is_replaced_and_anything_else_is_kept(tmp_path: Path)
     export_model(small_vit(seed=1), tmp_path / "out", card=a_card())
     model = small_vit(seed=2)
     folder = export_model(model, tmp_path / "out", card=a_card())
-    assert torch.equal(
-        tokens(timm.create_model(f"local-dir:{folder}", pretrained=True).eval()), tokens(model)
-    )
+    assert torch.equal(tokens(timm.create_model(f"local-dir:{folder}", pretrained=True).eval()), tokens(model))
     precious = tmp_path / "thesis"
     precious.mkdir()
     (precious / "chapter.txt").write_text("words")

@@ -1,0 +1,406 @@
+"""Probe frozen features: k-NN and linear accuracy of student, teacher and random weights, and the gap closed.
+
+`python probe.py --run RUN` reads shards and teacher from the run's config.json. It writes probe.json,
+table.txt and figures to RUN/probe. Reads top to bottom: data, models, features, k-NN, linear probe, table,
+figures.
+"""
+
+from __future__ import annotations
+
+import platform
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import timm
+import torch
+import tyro
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from distill.config import TrainConfig
+from distill.evaluation import figures
+from distill.evaluation.features import (
+    FeatureModel,
+    Features,
+    extract_features_of,
+    extract_patch_tokens,
+    feature_sets,
+    model_depth,
+)
+from distill.evaluation.knn import TEMPERATURE, knn_accuracy
+from distill.evaluation.linear import LbfgsProtocol, LinearProtocol, best_result, linear_probe
+from distill.evaluation.metrics import cosine_to_teacher, rankme
+from distill.evaluation.pca import fit_patch_basis, map_to_teacher
+from distill.evaluation.report import ModelReport, ProbeReport, Protocol, results_table, write_probe_json
+from distill.evaluation.sgd_probe import SgdProtocol
+from distill.evaluation.sources import ProbedModel, SourceContext, load_source, read_run
+from distill.evaluation.split import subset_rows
+from pipeline.backend import choose_backend
+from pipeline.loader import CenterCropBatch, read_center_crops
+from shards.atomic import write_atomic
+from shards.errors import UserError
+from shards.format import load_manifest
+from shards.index import load_index
+
+RIDGE = 1e-3
+PCA_FIT_IMAGES = 64
+DEFAULT_IMG_SIZE = 224
+
+
+@dataclass(frozen=True)
+class ProbeConfig:
+    """Options of the probe."""
+
+    run: str | None = None
+    """Folder of a training run (its --output_dir)."""
+    models: tuple[str, ...] = ("run", "teacher", "random")
+    """Rows of the table: run, run:FOLDER, teacher, random, timm:NAME, timm:NAME@WEIGHTS or export:FOLDER."""
+    train_shards: str | None = None
+    """Labelled shards to fit on; the run's data_path by default."""
+    val_shards: str | None = None
+    """Labelled shards to score; the run's val_data_path by default."""
+    output: str | None = None
+    """Folder to write; RUN/probe by default."""
+    img_size: int | None = None
+    """Side of the centre crop in pixels; the run's global_crops_size by default, 224 without a run."""
+    crop_ratio: float = 0.875
+    """Side of the centre crop over the shorter side of the image."""
+    knn_k: tuple[int, ...] = (10, 20)
+    """Numbers of neighbours."""
+    layers: tuple[int, ...] = (1, 4)
+    """Last blocks whose cls tokens the linear classifiers see."""
+    protocol: Literal["lbfgs", "sgd"] = "lbfgs"
+    """lbfgs: logistic regression over a grid of strengths. sgd: DINOv2's grid of learning rates."""
+    regularisations: tuple[float, ...] = LbfgsProtocol().regularisations
+    """Grid of lbfgs."""
+    learning_rates: tuple[float, ...] = SgdProtocol().learning_rates
+    """Grid of sgd, for 256 images a step."""
+    sgd_steps: int = SgdProtocol().steps
+    """Steps of sgd."""
+    held_out: float = 0.1
+    """Share of train that chooses strength, learning rate and feature set."""
+    max_train_rows: int | None = None
+    """Labelled training images to use, at most: a seeded sample."""
+    max_val_rows: int | None = None
+    """Labelled val images to use, at most: a seeded sample."""
+    seed: int = 0
+    """Seed of samples, the held-out part and the random weights."""
+    ema: bool = True
+    """Probe the EMA of the student where the run keeps one; --no_ema probes the trained weights."""
+    batch_size: int = 256
+    """Images per forward pass."""
+    backend: Literal["auto", "dali", "cpu", "torch"] = "auto"
+    """Who decodes and crops."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes a GPU where there is one."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Compute dtype of the forward passes: bf16 on GPUs by default, fp32 on CPUs. Classifiers are fp32."""
+    pca_images: int = 6
+    """Val images in the PCA figure; 0 for no figures at all."""
+
+
+@dataclass(frozen=True)
+class ProbeData:
+    """Labelled rows of train and val shards."""
+
+    train_shards: Path
+    val_shards: Path
+    train_rows: npt.NDArray[np.int64]
+    val_rows: npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Where and how crops are read and models run."""
+
+    config: ProbeConfig
+    img_size: int
+    device: torch.device
+    dtype: torch.dtype
+    backend: str
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Add the wall time of the block to `seconds`."""
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def crops(self, shards: Path, rows: npt.NDArray[np.int64], what: str) -> Iterator[CenterCropBatch]:
+        """Centre crops of some rows, with a progress bar on a terminal."""
+        batches = read_center_crops(
+            shards,
+            rows,
+            size=self.img_size,
+            crop_ratio=self.config.crop_ratio,
+            backend=self.backend,
+            device=self.device,
+            batch_size=self.config.batch_size,
+        )
+        with tqdm(total=len(rows), desc=what, unit=" images", disable=None) as progress:
+            for batch in batches:
+                yield batch
+                progress.update(len(batch.labels))
+
+
+def probe(config: ProbeConfig) -> ProbeReport:
+    """Measure every model of the table and write probe.json, table.txt and the figures.
+
+    Raises:
+        UserError: bad options, shards without labels, or what loading a model raises.
+    """
+    run = read_run(config.run) if config.run is not None else None
+    output = output_folder(config)
+    stage = make_stage(config, run)
+    data = read_data(config, run)
+
+    # Models: the student of the run, its teacher, random weights; all in fp32 weights, run at one dtype.
+    context = SourceContext(
+        run_dir=Path(config.run) if config.run is not None else None,
+        config=run,
+        img_size=stage.img_size,
+        device=stage.device,
+        seed=config.seed,
+        use_ema=config.ema,
+    )
+    loaded = [load_source(source, context) for source in config.models]
+    models = {model.name: model for model in loaded}
+    if len(models) != len(loaded) or not models:
+        raise UserError(f"--models {' '.join(config.models)}: name at least one model, and each one once.")
+
+    # Features: every image is decoded once and seen by all models.
+    entries = {name: model.entry for name, model in models.items()}
+    layers = max(config.layers)
+    with stage.timed("features"):
+        train, val = (
+            extract_features_of(
+                entries,
+                stage.crops(shards, rows, what),
+                device=stage.device,
+                dtype=stage.dtype,
+                layers=layers,
+            )
+            for shards, rows, what in (
+                (data.train_shards, data.train_rows, "train features"),
+                (data.val_shards, data.val_rows, "val features"),
+            )
+        )
+
+    # Measures: k-NN, linear probe, effective rank, cosine to the teacher.
+    linear = linear_protocol(config)
+    reports = []
+    for name, model in models.items():
+        teacher = (train["teacher"], val["teacher"]) if "teacher" in models and name != "teacher" else None
+        reports.append(measure(model, train[name], val[name], teacher, linear=linear, stage=stage))
+
+    # Report: json, table, figures.
+    report = ProbeReport(
+        protocol=make_protocol(config, data, stage, linear),
+        models=reports,
+        seconds=stage.seconds,
+        environment=environment(stage),
+    )
+    output.mkdir(parents=True, exist_ok=True)
+    table = results_table(report)
+    write_probe_json(report, output / "probe.json")
+    write_atomic(output / "table.txt", f"{table}\n".encode())
+    print(table)
+    if config.pca_images:
+        write_figures(report, entries, data, stage, output)
+    print(f"written to {output}")
+    return report
+
+
+def measure(
+    model: ProbedModel,
+    train: Features,
+    val: Features,
+    teacher: tuple[Features, Features] | None,
+    *,
+    linear: LinearProtocol,
+    stage: Stage,
+) -> ModelReport:
+    """All figures of one model; `teacher` holds the teacher's features of the same rows."""
+    config, device = stage.config, stage.device
+    sets, left_out = feature_sets(config.layers, model_depth(model.entry.model))
+    train_cls, val_cls = train.cls[:, -1].to(device), val.cls[:, -1].to(device)
+    with stage.timed("knn"):
+        knn = knn_accuracy(train_cls, train.labels.to(device), val_cls, val.labels.to(device), k=config.knn_k)
+    with stage.timed("linear"):
+        results = linear_probe(train, val, sets=sets, protocol=linear, device=device)
+    with stage.timed("label-free"):
+        cosine = None
+        if teacher is not None:
+            targets = (tokens.cls[:, -1].to(device) for tokens in teacher)
+            cosine = cosine_to_teacher(train_cls, next(targets), val_cls, next(targets), ridge=RIDGE)
+        rank = rankme(val_cls)
+    return ModelReport(
+        name=model.name,
+        source=model.source,
+        detail=model.detail,
+        num_parameters=model.num_parameters,
+        knn=knn,
+        linear=results,
+        best=best_result(results),
+        left_out=[feature_set.name for feature_set in left_out],
+        rankme=rank,
+        embed_dim=model.embed_dim,
+        cosine=cosine,
+    )
+
+
+def write_figures(
+    report: ProbeReport, entries: Mapping[str, FeatureModel], data: ProbeData, stage: Stage, output: Path
+) -> None:
+    """Accuracies; PCA of patch features if there is a teacher; the run's curves if there is a run."""
+    ks = report.protocol.knn_k
+    accuracies = {
+        model.name: {**{f"k-NN@{k}": model.knn[k] for k in ks}, "linear": model.best.top1} for model in report.models
+    }
+    figures.write_figure(figures.accuracy_bars_figure(accuracies), output / "accuracies.png")
+    if "teacher" in entries:
+        figures.write_figure(pca_figure(entries, data, stage), output / "patch_pca.png")
+    if stage.config.run is not None:
+        levels = {model.name: model.knn[ks[-1]] for model in report.models if model.name in ("teacher", "random")}
+        figures.write_run_figures(Path(stage.config.run) / "metrics.jsonl", output, levels=levels)
+
+
+def pca_figure(entries: Mapping[str, FeatureModel], data: ProbeData, stage: Stage) -> Figure:
+    """Val images beside each model's patch features, painted in the teacher's principal components.
+
+    The basis and the maps from the other models to the teacher are fitted on train images, none of them
+    shown. A model of another patch grid than the teacher's is left out.
+    """
+    seed = stage.config.seed
+    fit_rows = data.train_rows[subset_rows(len(data.train_rows), limit=PCA_FIT_IMAGES, seed=seed)]
+    shown_rows = data.val_rows[subset_rows(len(data.val_rows), limit=stage.config.pca_images, seed=seed)]
+    fit_crops, shown_crops = (
+        torch.cat([batch.crops for batch in stage.crops(shards, rows, "PCA images")]).to(stage.device)
+        for shards, rows in ((data.train_shards, fit_rows), (data.val_shards, shown_rows))
+    )
+    tokens = {
+        name: tuple(extract_patch_tokens(entry, crops, dtype=stage.dtype) for crops in (fit_crops, shown_crops))
+        for name, entry in entries.items()
+    }
+    teacher_fit, teacher_shown = tokens["teacher"]
+    basis = fit_patch_basis(teacher_fit)
+    colours = {"teacher": basis.colours(teacher_shown)}
+    for name, (fit, shown) in tokens.items():
+        if name != "teacher" and fit.shape[1] == teacher_fit.shape[1]:
+            colours[name] = basis.colours(map_to_teacher(fit, teacher_fit, shown, ridge=RIDGE))
+        elif name != "teacher":
+            print(f"{name}: {fit.shape[1]} patches, the teacher has {teacher_fit.shape[1]}: not in patch_pca.png")
+    return figures.patch_pca_figure(shown_crops, colours)
+
+
+def make_stage(config: ProbeConfig, run: TrainConfig | None) -> Stage:
+    """Resolve image size, device, dtype and backend."""
+    available = torch.cuda.is_available()
+    if config.device == "cuda" and not available:
+        raise UserError("--device cuda: torch finds no CUDA device. Use --device cpu, or a machine with a GPU.")
+    device = torch.device("cuda" if available and config.device != "cpu" else "cpu")
+    low = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
+    default_size = run.data.global_crops_size if run is not None else DEFAULT_IMG_SIZE
+    return Stage(
+        config=config,
+        img_size=config.img_size or default_size,
+        device=device,
+        dtype=torch.bfloat16 if low else torch.float32,
+        backend=choose_backend(config.backend, device)[0],
+    )
+
+
+def output_folder(config: ProbeConfig) -> Path:
+    """Where the report goes; UserError where neither a run nor a folder was given."""
+    if config.output is None and config.run is None:
+        raise UserError("Neither --run nor --output was given: nowhere to write. Add --output FOLDER.")
+    return Path(config.output) if config.output is not None else Path(config.run or "") / "probe"
+
+
+def read_data(config: ProbeConfig, run: TrainConfig | None) -> ProbeData:
+    """Find the shards and their labelled rows, and check that train and val have the same classes."""
+    train = config.train_shards or (run.data.data_path if run is not None else None)
+    val = config.val_shards or (run.data.val_data_path if run is not None else None)
+    for name, given in (("train_shards", train), ("val_shards", val)):
+        if not given:
+            raise UserError(f"--{name}: not given, and no run names it. Pass a folder written by `make shards`.")
+    assert train is not None and val is not None
+    names = [load_manifest(folder).class_names for folder in (train, val)]
+    if names[0] != names[1]:
+        raise UserError(
+            f"{train} has {len(names[0])} classes, {val} has {len(names[1])}, and they are not the same list. "
+            "Labels would not mean the same. Pack both with the same classes."
+        )
+    rows = []
+    for folder, limit in ((train, config.max_train_rows), (val, config.max_val_rows)):
+        labelled = np.flatnonzero(load_index(folder).label >= 0)
+        if len(labelled) == 0:
+            raise UserError(f"{folder}: no row has a label. The probe needs labels; pack images with classes.")
+        rows.append(labelled[subset_rows(len(labelled), limit=limit, seed=config.seed)])
+    return ProbeData(Path(train), Path(val), rows[0], rows[1])
+
+
+def linear_protocol(config: ProbeConfig) -> LinearProtocol:
+    """The linear probe's settings from the flags."""
+    return LinearProtocol(
+        solver=config.protocol,
+        held_out=config.held_out,
+        seed=config.seed,
+        lbfgs=LbfgsProtocol(regularisations=config.regularisations),
+        sgd=SgdProtocol(learning_rates=config.learning_rates, steps=config.sgd_steps),
+    )
+
+
+def make_protocol(config: ProbeConfig, data: ProbeData, stage: Stage, linear: LinearProtocol) -> Protocol:
+    """What decided the figures."""
+    return Protocol(
+        img_size=stage.img_size,
+        crop_ratio=config.crop_ratio,
+        compute_dtype=str(stage.dtype).removeprefix("torch."),
+        knn_k=config.knn_k,
+        knn_temperature=TEMPERATURE,
+        layers=config.layers,
+        linear=linear,
+        ridge=RIDGE,
+        train_data=load_manifest(data.train_shards).fingerprint(),
+        val_data=load_manifest(data.val_shards).fingerprint(),
+        train_rows=len(data.train_rows),
+        val_rows=len(data.val_rows),
+        seed=config.seed,
+        backend=f"{stage.backend} on {stage.device.type}",
+    )
+
+
+def environment(stage: Stage) -> dict[str, str]:
+    """Machine and versions; they decide rounding only."""
+    on_gpu = stage.device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(stage.device) if on_gpu else f"cpu {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+    }
+
+
+def main() -> int:
+    """Command line; returns the exit status."""
+    description = (__doc__ or "").splitlines()[0]
+    config = tyro.cli(ProbeConfig, prog="probe.py", use_underscores=True, description=description)
+    try:
+        probe(config)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

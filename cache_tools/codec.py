@@ -25,7 +25,6 @@ from distill.targets import TeacherTargets
 from shards.errors import UserError
 
 CODE_MAX = 127
-FP16_ROUNDOFF = 2.0**-11
 FP16_HALF_SUBNORMAL = 2.0**-25
 ROUNDOFF = {
     torch.float64: 2.0**-53,
@@ -147,23 +146,18 @@ def decode_int8_numpy(
 
 
 def codec_bound(
-    scale: Float[Tensor, "*b n"],
-    mean: Float[Tensor, " d"],
-    std: Float[Tensor, " d"],
-    *,
-    dtype: torch.dtype = torch.float32,
+    scale: Float[Tensor, "*b n"], mean: Float[Tensor, " d"], std: Float[Tensor, " d"]
 ) -> Float[Tensor, "*b n d"]:
-    """Return the largest |x - x'| of each channel of int8-coded tokens; no data can exceed it.
+    """Return the largest |x - x'| of each channel of int8-coded tokens decoded in fp32; no data can exceed it.
 
-    |x - x'| <= a s / 2 from rounding to a code: the scale a is the stored fp16 number, rounded up, so its
-    own rounding is inside. Added: fp32 arithmetic (2^-24 each on quantities of at most 127 a s, and on the
-    final sum) and the rounding of the result to `dtype`.
+    |x - x'| <= a s / 2 from rounding to a code: the scale a is the stored fp16 number, rounded up, so its own rounding
+    is inside. Added: fp32 arithmetic, 2^-24 each on quantities of at most 127 a s and on the final sum. Handing the
+    result out in another dtype adds `rounding_bound` of it.
 
     Args:
         scale: stored scales, [..., n].
         mean: calibration, [d].
         std: calibration, [d].
-        dtype: dtype in which the decoded tokens are handed out.
 
     Returns:
         float64 [..., n, d].
@@ -171,14 +165,18 @@ def codec_bound(
     step = scale.double().unsqueeze(-1) * std.double()
     largest = CODE_MAX * step + mean.double().abs()
     unit = ROUNDOFF[torch.float32]
-    error = step * (0.5 + FLOAT32_STEPS * CODE_MAX * unit) + unit * largest
-    if dtype not in (torch.float32, torch.float64):
-        error = error + rounding_bound(largest, dtype)
-    return error
+    return step * (0.5 + FLOAT32_STEPS * CODE_MAX * unit) + unit * largest
 
 
 def rounding_bound(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the largest error of rounding to `dtype`, from the rounded values or larger ones; float64."""
+    """Return the largest error of rounding to `dtype`, in float64.
+
+    Args:
+        values: the numbers before or after rounding.
+        dtype: 0 for fp32 and fp64, in which the codecs' results are already.
+    """
+    if dtype in (torch.float32, torch.float64):
+        return torch.zeros_like(values, dtype=torch.float64)
     unit = ROUNDOFF[dtype]
     smallest = FP16_HALF_SUBNORMAL if dtype == torch.float16 else 0.0
     return values.double().abs() * (unit * (1 + 2 * unit)) + smallest

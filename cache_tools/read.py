@@ -255,14 +255,13 @@ class TeacherCache:
         targets = ticket.result(dtype=torch.float32)
         cls = rounding_bound(targets.cls, torch.float16)
         if self.calibration is not None:
-            mean, std = self.calibration.tensors()
-            patches = codec_bound(stored["scale"], mean, std, dtype=dtype)
+            patches = codec_bound(stored["scale"], *self.calibration.tensors())
         else:
             patches = rounding_bound(targets.patches, torch.float16)
-        if dtype in (torch.bfloat16, torch.float16):
+        if dtype != torch.float16:  # what is stored in fp16 is not rounded to it again
             cls = cls + rounding_bound(targets.cls, dtype)
-            if self.calibration is None:
-                patches = patches + rounding_bound(targets.patches, dtype)
+        if dtype != torch.float16 or self.calibration is not None:
+            patches = patches + rounding_bound(targets.patches, dtype)
         return TeacherTargets(cls=cls, patches=patches)
 
     def _lookup(self, batch: CropBatch) -> npt.NDArray[np.int64]:

@@ -10,7 +10,6 @@ import dataclasses
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.augmentation import Augmentation
@@ -187,6 +186,8 @@ class DataConfig:
     """Probability of a horizontal flip."""
     teacher_photometric: bool = False
     """The teacher sees the student's photometric distortions too; then all of them are replayed."""
+    data_seed: int = 0
+    """Seed of crops, order and masks; a cache is bound to the one it was built with."""
     backend: Literal["auto", "dali", "cpu", "torch"] = "auto"
     """Who decodes and crops."""
     num_threads: int = 4
@@ -202,7 +203,7 @@ class RuntimeConfig:
     output_dir: str = "runs/default"
     """Folder of checkpoints, logs and config.json. The same command again resumes."""
     seed: int = 0
-    """Seed of crops, order, masks, initialisation and dropout."""
+    """Seed of the student's initialisation, of stochastic depth and of the prototypes."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU where there is one."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"

@@ -80,7 +80,30 @@ class DistillStep(nn.Module):
         patch_temp: Float[Tensor, ""],
         koleo_scale: Float[Tensor, ""],
     ) -> tuple[Float[Tensor, ""], Float[Tensor, " metrics"]]:
-        """Return the loss and the detached `METRICS`, each term unweighted, both fp32.
+        """Return the loss and the detached `METRICS`, each term unweighted, both fp32; see `terms`."""
+        terms, parts = self.terms(
+            global_crops, local_crops, masks, masked_indices, teacher_cls, teacher_patches, cls_temp, patch_temp
+        )
+        total = torch.zeros((), device=global_crops.device)
+        for name, value in terms.items():
+            weight = getattr(self.weights, f"{name}_loss_weight")
+            total = total + value * (weight * koleo_scale if name == "koleo" else weight)
+        zero = torch.zeros_like(total)
+        values = {"loss": total, **terms, **parts}
+        return total, torch.stack([values.get(name, zero).detach().float() for name in METRICS])
+
+    def terms(
+        self,
+        global_crops: UInt8[Tensor, "gb G G 3"],
+        local_crops: UInt8[Tensor, "lb L L 3"],
+        masks: Bool[Tensor, "gb n"],
+        masked_indices: Int64[Tensor, " m"],
+        teacher_cls: Float[Tensor, "b g d"],
+        teacher_patches: Float[Tensor, "b g n d"],
+        cls_temp: Float[Tensor, ""],
+        patch_temp: Float[Tensor, ""],
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return every loss term with a weight, unweighted, and what is logged beside them; 0-d, fp32.
 
         Args:
             global_crops: see `MultiCropBatch`.
@@ -91,7 +114,6 @@ class DistillStep(nn.Module):
             teacher_patches: likewise.
             cls_temp: teacher temperature of the DINO targets.
             patch_temp: teacher temperature of the iBOT targets.
-            koleo_scale: factor on the KoLeo weight, rising from 0 to 1.
         """
         b, g = teacher_cls.shape[:2]
         teacher_cls = teacher_cls.transpose(0, 1)  # [g, b, d]
@@ -118,10 +140,7 @@ class DistillStep(nn.Module):
             parts |= self._prototype_metrics("ibot", terms["ibot"], ibot[1])
         terms |= self._token_terms(cls[: g * b].unflatten(0, (g, b)), patches, teacher_patches)
         terms |= self._regression_terms(projected_cls, projected_patches, teacher_cls.flatten(0, 1), teacher_patches)
-        total = self._weighted_sum(terms, koleo_scale)
-        zero = torch.zeros_like(total)
-        values = {"loss": total, **terms, **parts}
-        return total, torch.stack([values.get(name, zero).detach().float() for name in METRICS])
+        return terms, parts
 
     def _student_tokens(self, global_crops: Tensor, local_crops: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
         """Return cls tokens of all views, crop-major [v*b, d], and patch tokens of the global crops [g*b, n, d]."""
@@ -184,13 +203,6 @@ class DistillStep(nn.Module):
                 cls_error = F.mse_loss(self.cls_bank.standardise(cls), self.cls_bank.standardise(teacher_cls))
                 terms["mse"] = cls_error + F.mse_loss(student, teacher)
         return terms
-
-    def _weighted_sum(self, terms: dict[str, Tensor], koleo_scale: Tensor) -> Tensor:
-        total = torch.zeros((), device=koleo_scale.device)
-        for name, value in terms.items():
-            weight = getattr(self.weights, f"{name}_loss_weight")
-            total = total + value * (weight * koleo_scale if name == "koleo" else weight)
-        return total
 
     def _prototype_metrics(self, name: str, loss: Tensor, targets: Tensor) -> dict[str, Tensor]:
         entropy, divergence = losses.cross_entropy_parts(loss.detach(), targets)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import warnings
 from pathlib import Path
 
 import torch
@@ -50,11 +51,14 @@ def read_state_dict(path: Path) -> StateDict:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            # torch warns of pickle protocols other than its own; what matters is said in the error below.
+            warnings.simplefilter("ignore")
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise UserError(
-            f"{path}: not a readable checkpoint ({str(error).splitlines()[0]}). Download it again, or save "
-            "its state dict alone with torch.save or safetensors."
+            f"{path}: not a readable checkpoint ({str(error).partition(chr(10))[0] or 'it ends too early'}). "
+            "Download it again, or save its state dict alone with torch.save or safetensors."
         ) from error
     for wrapper in ("model", "state_dict"):
         if isinstance(loaded, dict) and isinstance(loaded.get(wrapper), dict):

@@ -1,0 +1,194 @@
+"""Checkpoints of the full training state: written atomically by a thread, listed by hash, newest valid resumes."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import logging
+import os
+import re
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.models.eva import Eva
+from torch import Tensor
+
+from distill.models import create_student
+from distill.run_folder import load_config
+from shards.errors import UserError
+
+log = logging.getLogger(__name__)
+
+_NAME = re.compile(r"step_(\d{9})\.json")
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint on disk whose record exists.
+
+    Attributes:
+        path: the tensors' file.
+        step: optimizer steps taken.
+        sha256: of the file, as its record states.
+    """
+
+    path: Path
+    step: int
+    sha256: str
+
+
+class CheckpointWriter:
+    """Writes checkpoints of one run from a background thread, one at a time.
+
+    `save` copies every tensor to the host and returns; the thread writes the file under a temporary name,
+    fsyncs, renames, and only then writes the record that makes the checkpoint exist.
+    """
+
+    def __init__(self, run_dir: Path, *, keep_last: int, keep_every: int) -> None:
+        self.folder = run_dir / "checkpoints"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for left_over in self.folder.glob("*.tmp"):
+            left_over.unlink()
+        self._keep_last = keep_last
+        self._keep_every = keep_every
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        """Stage `state` on the host and write it as the checkpoint of `step`.
+
+        Raises:
+            UserError: the previous checkpoint could not be written (disk full, say).
+        """
+        self.wait()
+        staged = _to_host(state)
+        self._thread = threading.Thread(target=self._write, args=(step, staged), name="checkpoint")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait until the last checkpoint is on disk; UserError if it could not be written."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise UserError(
+                f"{self.folder}: a checkpoint could not be written ({error}). Earlier checkpoints are intact. "
+                "Free some disk space and run the same command again."
+            ) from error
+
+    def _write(self, step: int, state: dict[str, Any]) -> None:
+        try:
+            path = self.folder / f"step_{step:09d}.pt"
+            temporary = path.with_suffix(".pt.tmp")
+            with temporary.open("wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            record = {"step": step, "bytes": temporary.stat().st_size, "sha256": _file_sha256(temporary)}
+            temporary.replace(path)
+            _write_json(path.with_suffix(".json"), record)
+            self._remove_old()
+        except OSError as error:
+            self._error = error
+
+    def _remove_old(self) -> None:
+        for saved in list_checkpoints(self.folder.parent)[: -self._keep_last]:
+            if self._keep_every and saved.step % self._keep_every == 0:
+                continue
+            saved.path.with_suffix(".json").unlink()
+            saved.path.unlink(missing_ok=True)
+
+
+def list_checkpoints(run_dir: Path) -> list[Saved]:
+    """Return the recorded checkpoints of a run, oldest first."""
+    found = []
+    for record in sorted((run_dir / "checkpoints").glob("step_*.json")):
+        if _NAME.fullmatch(record.name):
+            fields = json.loads(record.read_text())
+            found.append(Saved(record.with_suffix(".pt"), fields["step"], fields["sha256"]))
+    return found
+
+
+def load_newest(run_dir: Path) -> tuple[int, dict[str, Any]] | None:
+    """Return step and state of the newest checkpoint whose bytes match its record, None where there is none.
+
+    A damaged one is named in the log and passed over.
+
+    Raises:
+        UserError: there are checkpoints and every one is damaged.
+    """
+    saved = list_checkpoints(run_dir)
+    for checkpoint in reversed(saved):
+        if checkpoint.path.is_file() and _file_sha256(checkpoint.path) == checkpoint.sha256:
+            state = torch.load(checkpoint.path, map_location="cpu", weights_only=True)
+            return checkpoint.step, state
+        log.warning("%s: missing or not the bytes that were written; taking the one before it.", checkpoint.path)
+    if saved:
+        raise UserError(
+            f"{run_dir / 'checkpoints'}: none of {len(saved)} checkpoints is intact. "
+            "Restore one from a backup, or start anew with another --output_dir."
+        )
+    return None
+
+
+def load_student(run_dir: str | Path, *, use_ema: bool = True) -> tuple[Eva, dict[str, Any]]:
+    """Load the student of a run's newest valid checkpoint.
+
+    Args:
+        run_dir: the run's folder (`--output_dir`).
+        use_ema: the EMA where the run keeps one, else the trained weights.
+
+    Returns:
+        The timm model in eval mode on the CPU, and {"step", "config": TrainConfig, "ema": bool}.
+
+    Raises:
+        UserError: the folder is no run, or has no checkpoint.
+    """
+    run_dir = Path(run_dir)
+    config = load_config(run_dir)
+    newest = load_newest(run_dir)
+    if newest is None:
+        raise UserError(f"{run_dir}: no checkpoint yet. Train until the first one is written.")
+    step, state = newest
+    ema = use_ema and state["ema"] is not None
+    model = create_student(config.student, seed=config.runtime.seed)
+    prefix = "student."
+    weights = state["ema"] if ema else {
+        name.removeprefix(prefix): value for name, value in state["model"].items() if name.startswith(prefix)
+    }
+    model.load_state_dict(weights, strict=True)
+    return model.eval(), {"step": step, "config": config, "ema": ema}
+
+
+def _to_host(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: _to_host(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_to_host(item) for item in value]
+    return copy.copy(value)
+
+
+def _file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_json(path: Path, fields: dict[str, Any]) -> None:
+    temporary = path.with_suffix(path.suffix + ".tmp")
+    with temporary.open("w") as file:
+        json.dump(fields, file)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    descriptor = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,211 @@
+"""The run's log: metrics.jsonl is the truth, a progress line for the terminal, TensorBoard if asked for."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from distill.config import RuntimeConfig
+from distill.runtime import Ranks
+from distill.step import METRICS
+from shards.errors import UserError
+
+# What one console line shows, of all that metrics.jsonl holds.
+_SHOWN = ("loss", "dino_kl", "ibot_kl", "koleo", "cls", "spd", "images_per_second", "data_wait")
+
+PHASES = ("data_wait", "targets", "student", "optimizer")
+_STALL_LIMIT = 0.03
+_ADVICE = {
+    "data_wait": "The loader is the limit: raise --num_threads, use a local disk, or decode with DALI on the GPU.",
+    "targets": "The teacher's outputs are the limit: build a cache with `make cache`, or put it on a faster disk.",
+    "student": "The student's forward and backward pass is the limit, as it should be.",
+    "optimizer": "The optimizer is the limit: raise --batch_size_per_gpu.",
+}
+
+
+class PhaseClock:
+    """Splits a step's time into `PHASES`: on a GPU by events on the compute stream, on a CPU by the host clock."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._marks: list[tuple[str, Any]] = []
+
+    def mark(self, phase: str) -> None:
+        """Say that `phase` begins now; "" ends the last one."""
+        if not self._on_gpu:
+            self._marks.append((phase, time.perf_counter()))
+            return
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        self._marks.append((phase, event))
+
+    def read(self) -> dict[str, float]:
+        """Return seconds by phase since the last call; call it when the device is idle."""
+        seconds = dict.fromkeys(PHASES, 0.0)
+        for (phase, start), (_, end) in zip(self._marks, self._marks[1:], strict=False):
+            if phase:
+                seconds[phase] += start.elapsed_time(end) / 1000 if self._on_gpu else end - start
+        self._marks.clear()
+        return seconds
+
+
+class MetricsLog:
+    """Accumulates device tensors and reads them once every `log_every` steps.
+
+    `metrics.jsonl` holds one object per logged step: the mean of every term since the last one, over all
+    ranks. Lines of steps beyond `first_step`, left by a run that was cut off, are dropped at the start.
+    """
+
+    def __init__(
+        self, run_dir: Path, config: RuntimeConfig, ranks: Ranks, *, first_step: int, total_steps: int
+    ) -> None:
+        self._ranks = ranks
+        self._log_every = config.log_every
+        self._total_steps = total_steps
+        self._path = run_dir / "metrics.jsonl"
+        self._sum = torch.zeros(len(METRICS) + 1, device=ranks.device)
+        self._count = 0
+        self._images = 0
+        self._since = time.perf_counter()
+        self.phases = PhaseClock(ranks.device)
+        self._phase_totals = dict.fromkeys(PHASES, 0.0)
+        self._seconds = 0.0
+        self._images_total = 0
+        self._writer: Any = None
+        self._bar: tqdm[Any] | None = None
+        if ranks.is_main:
+            self._drop_lines_from(first_step)
+            self._writer = _tensorboard(run_dir) if config.tensorboard else None
+            if sys.stderr.isatty():
+                self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True)
+
+    def add(
+        self,
+        metrics: Tensor,
+        grad_norm: Tensor,
+        *,
+        images: int,
+    ) -> None:
+        """Add one step's metrics, still on the device.
+
+        Args:
+            metrics: `METRICS` of the step.
+            grad_norm: norm before clipping, 0-d.
+            images: images of the global batch.
+        """
+        self._sum += torch.cat([metrics, grad_norm.reshape(1)])
+        self._count += 1
+        self._images += images
+        if self._bar is not None:
+            self._bar.update()
+
+    def due(self, step: int) -> bool:
+        """Return whether `flush` is due after `step` steps."""
+        return step % self._log_every == 0 or step == self._total_steps
+
+    def flush(self, step: int, **fields: float) -> None:
+        """Read the accumulated metrics, write one line, start anew. All ranks call it together."""
+        if self._count == 0:
+            return
+        mean = self._sum / self._count
+        if self._ranks.world_size > 1:
+            dist.all_reduce(mean)
+            mean /= self._ranks.world_size
+        values = mean.tolist()  # the one host sync
+        seconds = time.perf_counter() - self._since
+        phases = self.phases.read()
+        line = {"step": step, **dict(zip((*METRICS, "grad_norm"), values, strict=True)), **fields}
+        line["images_per_second"] = self._images / seconds
+        line["step_time"] = seconds / self._count
+        line["data_wait"] = phases["data_wait"] / seconds
+        line |= {f"{name}_share": phases[name] / seconds for name in PHASES[1:]}
+        for name in PHASES:
+            self._phase_totals[name] += phases[name]
+        self._seconds += seconds
+        self._images_total += self._images
+        self._sum.zero_()
+        self._count = self._images = 0
+        self._since = time.perf_counter()
+        if self._ranks.is_main:
+            self._write(line)
+
+    def event(self, step: int, **fields: Any) -> None:
+        """Write a line of its own (an evaluation, gradient norms by term); main rank only."""
+        if self._ranks.is_main:
+            self._append({"step": step, **fields})
+
+    def pause(self) -> None:
+        """Leave the time since the last flush out of the speed (an evaluation or checkpoint just ran)."""
+        self._since = time.perf_counter()
+
+    def say(self, text: str) -> None:
+        """Print a line above the progress bar; main rank only."""
+        if self._ranks.is_main:
+            tqdm.write(text, file=sys.stderr)
+
+    def summary(self) -> str:
+        """Return where the time of this process went and what to change, in two lines."""
+        if not self._seconds:
+            return "no step was taken"
+        shares = {name: total / self._seconds for name, total in self._phase_totals.items()}
+        listed = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
+        speed = f"{self._images_total / self._seconds:.1f} images/s over {self._images_total} images"
+        largest = max(shares, key=lambda name: shares[name])
+        if shares["data_wait"] > _STALL_LIMIT:
+            largest = "data_wait"
+        return f"{speed}; time: {listed}\n{_ADVICE[largest]}"
+
+    def close(self) -> None:
+        """Close bar and writers."""
+        if self._bar is not None:
+            self._bar.close()
+        if self._writer is not None:
+            self._writer.close()
+
+    def _write(self, line: dict[str, Any]) -> None:
+        self._append(line)
+        shown = "  ".join(f"{name} {line[name]:.4g}" for name in _SHOWN)
+        if self._bar is not None:
+            self._bar.set_postfix_str(shown, refresh=False)
+        else:
+            eta = (self._total_steps - line["step"]) * line["step_time"]
+            self.say(f"step {line['step']}/{self._total_steps}  eta {eta:.0f} s  {shown}")
+
+    def _append(self, line: dict[str, Any]) -> None:
+        with self._path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        if self._writer is not None:
+            for name, value in line.items():
+                if isinstance(value, (int, float)) and name != "step":
+                    self._writer.add_scalar(name, value, line["step"])
+
+    def _drop_lines_from(self, first_step: int) -> None:
+        if not self._path.exists():
+            return
+        kept = []
+        for text in self._path.read_text().splitlines():
+            try:
+                line = json.loads(text)
+            except json.JSONDecodeError:  # the last line of a run that was killed
+                continue
+            if line["step"] <= first_step:
+                kept.append(text)
+        temporary = self._path.with_suffix(".jsonl.tmp")
+        temporary.write_text("".join(text + "\n" for text in kept))
+        temporary.replace(self._path)
+
+
+def _tensorboard(run_dir: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError("--tensorboard: the package is not installed. Run `pip install tensorboard`.") from error
+    return SummaryWriter(run_dir / "tensorboard")

@@ -1,0 +1,235 @@
+"""What surrounds the step: command line, process group, device, compilation, signals and the finite-step guard."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import signal
+import sys
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Annotated
+
+import torch
+import torch.distributed as dist
+import tyro
+from torch import Tensor, nn
+
+from distill.config import LOSS_PRESETS, RuntimeConfig, TrainConfig, preset
+from pipeline.batch import MultiCropBatch
+from shards.errors import UserError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all: rank, world size, local rank, and its device."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes logs and checkpoints."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait for all ranks; nothing without a process group."""
+        if self.world_size > 1:
+            dist.barrier()
+
+
+def parse_config(argv: Sequence[str] | None = None) -> TrainConfig:
+    """Read the command line: a loss preset first, then single flags over it.
+
+    Flags are flat (`--dino_loss_weight`), with underscores or hyphens. An unknown flag ends the program with
+    the closest match.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    name = "five"
+    for i, word in enumerate(argv):
+        if word == "--preset" and i + 1 < len(argv):
+            name = argv[i + 1]
+        elif word.startswith("--preset="):
+            name = word.partition("=")[2]
+    kind = Annotated[TrainConfig, tyro.conf.OmitArgPrefixes]
+    return tyro.cli(  # type: ignore[no-any-return, call-overload]
+        kind,
+        args=argv,
+        default=preset(name),
+        prog="train.py",
+        use_underscores=True,
+        description=f"Distill a frozen ViT into a small one. Loss presets: {', '.join(LOSS_PRESETS)}.",
+    )
+
+
+@contextlib.contextmanager
+def process_group(config: RuntimeConfig) -> Iterator[Ranks]:
+    """Join the process group that torchrun describes, or run alone without one.
+
+    NCCL where each rank has a GPU, gloo on CPUs. The group is destroyed at the end.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = _device(config.device, local_rank)
+    if world_size == 1:
+        yield Ranks(0, 1, device)
+        return
+    if device.type == "cuda":
+        dist.init_process_group("nccl", device_id=device)
+    else:
+        dist.init_process_group("gloo")
+    try:
+        yield Ranks(dist.get_rank(), world_size, device)
+    finally:
+        dist.destroy_process_group()
+
+
+def _device(wanted: str, local_rank: int) -> torch.device:
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError(
+            f"--device {wanted}: torch {torch.__version__} sees no CUDA device. Check `nvidia-smi` and the "
+            "driver, or pass --device cpu."
+        )
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"local rank {local_rank}: this machine has {torch.cuda.device_count()} GPUs. "
+            "Ask for at most as many with NGPU."
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def configure_torch(config: RuntimeConfig, device: torch.device) -> bool:
+    """Set global switches of torch for speed and for right gradients; return whether to autocast to bf16."""
+    # The default runs the backward pass of fp32 losses under the forward's autocast: wrong by 280 % on the
+    # SPD loss (PyTorch issue 179804).
+    import torch._functorch.config as functorch_config
+
+    functorch_config.backward_pass_autocast = "off"
+    if device.type == "cuda":
+        import torch._inductor.config as inductor_config
+
+        torch.set_float32_matmul_precision("high")
+        # Its fused LayerNorm gradient is wrong in some graphs (PyTorch issue 193061).
+        if hasattr(inductor_config.triton, "mix_order_reduction"):
+            inductor_config.triton.mix_order_reduction = False
+    gc.freeze()
+    return config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
+
+
+def wrap_step(step: nn.Module, config: RuntimeConfig, ranks: Ranks) -> nn.Module:
+    """Compile the step as one graph with static shapes, and average its gradients over the ranks."""
+    if config.compile:
+        torch._dynamo.config.error_on_recompile = True
+        step.compile(backend=config.compile_backend, fullgraph=True, dynamic=False)
+    if ranks.world_size == 1:
+        return step
+    # The step is one compiled graph, so there is nothing for DDP to split it at.
+    return nn.parallel.DistributedDataParallel(
+        step,
+        device_ids=[ranks.device.index] if ranks.device.type == "cuda" else None,
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+    )
+
+
+class StopSignal:
+    """Remembers SIGTERM, SIGINT or SIGUSR1, so that the loop can end at a step of its own choosing."""
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, self._remember)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number).name
+
+
+class StepGuard:
+    """Brings the flags "not finite" and "stop" of every step to all ranks and to the host, without a sync.
+
+    On a GPU the flags of a step are read one step later. From the first step that is not finite on, every
+    update is a no-op on the device, so the delay costs no weight.
+    """
+
+    def __init__(self, ranks: Ranks, run_dir: Path, seed: int) -> None:
+        self._ranks = ranks
+        self._run_dir = run_dir
+        self._seed = seed
+        self._flags = torch.zeros(2, device=ranks.device)
+        self._pending: deque[tuple[int, MultiCropBatch, Tensor, torch.cuda.Event | None]] = deque()
+
+    def submit(self, step: int, batch: MultiCropBatch, found_inf: Tensor, stop: bool) -> Tensor:
+        """Share this step's flags; return the flag that must suppress its update, 0-d."""
+        flags = torch.stack([found_inf, torch.full_like(found_inf, float(stop))])
+        if self._ranks.world_size > 1:
+            dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        self._flags = torch.maximum(self._flags, flags)
+        if self._ranks.device.type == "cuda":
+            host = torch.empty(2, pin_memory=True)
+            host.copy_(self._flags, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+            self._pending.append((step, batch, host, event))
+        else:
+            self._pending.append((step, batch, self._flags.clone(), None))
+        return self._flags[0]
+
+    def should_stop(self, *, drain: bool = False) -> bool:
+        """Return whether some rank was asked to stop.
+
+        Raises:
+            UserError: a step was not finite. Its sample ids are in the replay file that the message names.
+        """
+        keep = 0 if drain or self._ranks.device.type == "cpu" else 1
+        stop = False
+        while len(self._pending) > keep:
+            step, batch, flags, event = self._pending.popleft()
+            if event is not None:
+                event.synchronize()
+            not_finite, asked = flags.tolist()
+            if not_finite:
+                self._report(step, batch)
+            stop = stop or bool(asked)
+        return stop
+
+    def _report(self, step: int, batch: MultiCropBatch) -> None:
+        folder = self._run_dir / "replay"
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"step_{step:09d}_rank_{self._ranks.rank}.json"
+        path.write_text(
+            json.dumps(
+                {
+                    "step": step,
+                    "seed": self._seed,
+                    "epoch": batch.epoch,
+                    "view_set": batch.view_set,
+                    "rows": batch.rows.tolist(),
+                    "uids": [f"{uid:016x}" for uid in batch.uids],
+                }
+            )
+        )
+        raise UserError(
+            f"step {step}, rank {self._ranks.rank}: loss or gradient is not finite. No weight was changed by it. "
+            f"{path} names the {len(batch.rows)} samples. Look at them with `python -m shards inspect`, then run the "
+            "same command again, with a lower --lr if the samples are sound: it resumes from the last checkpoint."
+        )
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """Return the seed of torch's generators at one step and rank (splitmix64 of the three)."""
+    x = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + rank * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+    return (x ^ (x >> 31)) & 0x7FFFFFFFFFFFFFFF

@@ -1,0 +1,148 @@
+"""Teacher weights in Meta's and timm's layouts, and every way in which they can be wrong."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from distill.models import create_vit
+from distill.weights import load_weights, meta_to_timm, state_dict_sha256
+from shards.errors import UserError
+
+SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2}
+
+
+def meta_layout(model: nn.Module, *, qkv_bias: float = 0.0) -> dict[str, Tensor]:
+    """Return a timm DINOv3 state dict under the keys of Meta's release, training-only keys included."""
+    state: dict[str, Tensor] = {}
+    for key, value in model.state_dict().items():
+        key = key.replace("reg_token", "storage_tokens")
+        key = key.replace("gamma_1", "ls1.gamma").replace("gamma_2", "ls2.gamma")
+        if key.endswith(("q_bias", "v_bias")):
+            continue
+        state[key] = value
+        if key.endswith("attn.qkv.weight"):
+            width = value.shape[0] // 3
+            prefix = key.removesuffix("weight")
+            state[prefix + "bias"] = torch.full((3 * width,), qkv_bias)
+            state[prefix + "bias_mask"] = torch.cat([torch.ones(width), torch.zeros(width), torch.ones(width)])
+    width = state["cls_token"].shape[-1]
+    state["mask_token"] = torch.zeros(1, width)
+    state["rope_embed.periods"] = torch.ones(width // 8)
+    return state
+
+
+@pytest.fixture
+def source() -> nn.Module:
+    torch.manual_seed(0)
+    model = create_vit("vit_small", model_args=SMALL)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    return model
+
+
+def fresh() -> nn.Module:
+    return create_vit("vit_small", model_args=SMALL)
+
+
+@pytest.mark.parametrize("wrap", [None, "model", "state_dict"])
+def test_metas_layout_loads_to_the_same_model(source: nn.Module, tmp_path: Path, wrap: str | None) -> None:
+    state = meta_layout(source)
+    torch.save({wrap: state} if wrap else state, tmp_path / "dinov3.pth")
+    target = fresh()
+    load_weights(target, tmp_path / "dinov3.pth")
+    assert state_dict_sha256(target) == state_dict_sha256(source)
+
+
+def test_the_released_vit_large_has_exactly_the_keys_and_shapes_that_are_expected() -> None:
+    with torch.device("meta"):
+        large = create_vit("vit_large_patch16_dinov3.lvd1689m")
+    state = {key: torch.zeros(()).expand(value.shape) for key, value in meta_layout(large).items()}
+    renamed = meta_to_timm(state, has_qkv_bias=False, where="test")
+    expected = {key: value.shape for key, value in large.state_dict().items()}
+    assert {key: value.shape for key, value in renamed.items()} == expected
+    # Three tokens, RoPE periods, patch embedding and norm of two each; 15 tensors in each of 24 blocks.
+    assert len(state) == 3 + 1 + 2 + 2 + 24 * 15
+
+
+def test_safetensors_in_timms_layout_load(source: nn.Module, tmp_path: Path) -> None:
+    save_file(source.state_dict(), tmp_path / "model.safetensors")
+    target = fresh()
+    load_weights(target, tmp_path / "model.safetensors")
+    assert state_dict_sha256(target) == state_dict_sha256(source)
+
+
+def test_qkv_biases_go_to_the_variant_that_has_them(tmp_path: Path) -> None:
+    target = create_vit("vit_tiny", model_args=SMALL)
+    torch.save(meta_layout(target, qkv_bias=0.25), tmp_path / "tiny.pth")
+    load_weights(target, tmp_path / "tiny.pth")
+    assert target.blocks[1].attn.q_bias.eq(0.25).all()
+    assert target.blocks[1].attn.v_bias.eq(0.25).all()
+    assert target.blocks[1].attn.k_bias.eq(0).all()
+
+
+def test_qkv_biases_that_the_model_has_no_place_for_are_refused(source: nn.Module, tmp_path: Path) -> None:
+    torch.save(meta_layout(source, qkv_bias=0.25), tmp_path / "w.pth")
+    with pytest.raises(UserError, match="_qkvb variant"):
+        load_weights(fresh(), tmp_path / "w.pth")
+
+
+def test_missing_extra_and_misshapen_keys_are_all_listed(source: nn.Module, tmp_path: Path) -> None:
+    state = dict(source.state_dict())
+    del state["norm.bias"]
+    state["head.weight"] = torch.zeros(10, 32)
+    state["cls_token"] = torch.zeros(1, 1, 48)
+    save_file(state, tmp_path / "bad.safetensors")
+    target = fresh()
+    before = state_dict_sha256(target)
+    with pytest.raises(UserError) as error:
+        load_weights(target, tmp_path / "bad.safetensors")
+    message = str(error.value)
+    assert "missing: norm.bias (32,)" in message
+    assert "not in the model: head.weight (10, 32)" in message
+    assert "cls_token: the file has (1, 1, 48), the model (1, 1, 32)" in message
+    assert state_dict_sha256(target) == before
+
+
+class Evil:
+    """Runs code when it is unpickled."""
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return (Path.touch, (Path("unpickled"),))
+
+
+def test_nothing_is_unpickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"w": Evil()}, tmp_path / "evil.pth")
+    with pytest.raises(UserError, match=r"evil\.pth: not a readable checkpoint"):
+        load_weights(fresh(), tmp_path / "evil.pth")
+    (tmp_path / "plain.pth").write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(UserError, match=r"plain\.pth: not a readable checkpoint"):
+        load_weights(fresh(), tmp_path / "plain.pth")
+    assert not (tmp_path / "unpickled").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("absent.pth", None, "no such file"),
+        ("empty.pth", b"", "not a readable checkpoint"),
+        ("half.safetensors", b"\x08\x00", "not a readable checkpoint"),
+    ],
+)
+def test_files_that_are_no_checkpoint_are_named(tmp_path: Path, name: str, content: bytes | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        load_weights(fresh(), tmp_path / name)
+
+
+def test_a_checkpoint_of_a_trainer_is_not_taken_for_a_state_dict(tmp_path: Path) -> None:
+    torch.save({"epoch": 3, "lr": 0.1}, tmp_path / "trainer.pth")
+    with pytest.raises(UserError, match="no plain state dict"):
+        load_weights(fresh(), tmp_path / "trainer.pth")

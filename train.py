@@ -1,0 +1,366 @@
+"""Distill a frozen ViT into a small one. Reads top to bottom: data, teacher or cache, student, resume, loop.
+
+One process: `python train.py --data_path SHARDS`. Several: `torchrun --nproc-per-node N train.py ...`.
+The same command again resumes from the newest intact checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cache_tools.fingerprint import run_fingerprint
+from cache_tools.read import TeacherCache
+from distill.checkpoint import CheckpointWriter, load_newest
+from distill.config import TrainConfig
+from distill.evaluation.knn import knn_top1
+from distill.gradients import check_compiled_gradients, term_gradient_norms
+from distill.metrics import MetricsLog
+from distill.microbatch import StepInputs
+from distill.models import create_student
+from distill.optim import StudentEma, clip_and_guard, create_optimizer, set_lr
+from distill.prototypes import Prototypes, fit_prototypes, load_prototypes, save_prototypes
+from distill.run_folder import write_or_check_config
+from distill.runtime import (
+    Ranks,
+    StepGuard,
+    StopSignal,
+    configure_torch,
+    parse_config,
+    process_group,
+    step_seed,
+    wrap_step,
+)
+from distill.schedules import Schedule, due
+from distill.step import DistillStep
+from distill.targets import TeacherTargets
+from distill.teacher import FrozenTeacher, load_teacher
+from pipeline.batch import normalise
+from pipeline.loader import CenterCropBatch, open_loader, read_center_crops, read_teacher_crops
+from shards.errors import UserError
+from shards.format import load_manifest
+
+
+def train(config: TrainConfig, ranks: Ranks) -> None:
+    """Train until the last step, a stop signal, or an error. The run's folder holds all that it leaves."""
+    run_dir = Path(config.runtime.output_dir)
+    stop = StopSignal()
+    autocast = configure_torch(config.runtime, ranks.device)
+    if ranks.is_main:
+        write_or_check_config(config, run_dir)
+    ranks.barrier()
+
+    # Teacher outputs: from the cache, or live. Both give TeacherTargets.
+    cache = open_cache(config) if config.teacher.cache_path else None
+    teacher = None if config.uses_cache() else live_teacher(config, ranks)
+    prototypes = obtain_prototypes(config, run_dir, cache, teacher, ranks)
+
+    # The student, its heads and losses: one module, compiled as one graph.
+    student = create_student(config.student, seed=config.runtime.seed)
+    torch.manual_seed(config.runtime.seed)
+    step_module = DistillStep(
+        student,
+        prototypes,
+        config.student,
+        config.losses,
+        student_temp=config.prototypes.student_temp,
+        global_crops_size=config.data.global_crops_size,
+        local_crops_size=config.data.local_crops_size,
+        autocast=autocast,
+    ).to(ranks.device)
+    optimizer = create_optimizer(step_module, config.optim)
+    ema = StudentEma(step_module.student) if config.optim.ema_momentum else None
+
+    # Resume: weights, optimizer, EMA and the step; order, crops and masks follow from the step.
+    newest = load_newest(run_dir)
+    first_step, loader_state = 0, None
+    if newest is not None:
+        first_step, state = newest
+        restore(state, step_module, optimizer, ema)
+        loader_state = state["loader"]
+    model = wrap_step(step_module, config.runtime, ranks)
+
+    global_batch_size = config.optim.batch_size_per_gpu * ranks.world_size
+    loader = open_loader(
+        config.data.data_path,
+        backend=config.data.backend,
+        device=ranks.device,
+        global_batch_size=global_batch_size,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        seed=config.data.data_seed,
+        augmentation=config.crops(),
+        state=loader_state,
+        view_sets=num_view_sets(config, cache),
+        teacher_crops=teacher is not None,
+        num_threads=config.data.num_threads,
+        policy=config.data.on_bad_sample,
+    )
+    total_steps = config.optim.max_steps or round(config.optim.epochs * loader.steps_per_epoch)
+    schedule = Schedule(
+        config,
+        prototypes,
+        steps_per_epoch=loader.steps_per_epoch,
+        total_steps=total_steps,
+        global_batch_size=global_batch_size,
+        device=ranks.device,
+    )
+    log = MetricsLog(run_dir, config.runtime, ranks, first_step=first_step, total_steps=total_steps)
+    guard = StepGuard(ranks, run_dir, config.data.data_seed)
+    writer = CheckpointWriter(
+        run_dir, keep_last=config.runtime.keep_checkpoints, keep_every=config.runtime.keep_every
+    )
+    log.say(describe_start(config, ranks, first_step, total_steps, cache))
+
+    def checkpoint(step: int) -> None:
+        if ranks.is_main:
+            writer.save(step, full_state(step_module, optimizer, ema, loader.state_dict()))
+        log.pause()
+
+    step = first_step
+    with loader:
+        batches = iter(loader)
+        while step < total_steps and not guard.should_stop():
+            log.phases.mark("data_wait")
+            batch = next(batches)
+            log.phases.mark("targets")
+            if teacher is not None:
+                assert batch.teacher_crops is not None
+                targets = teacher(batch.teacher_crops)
+            else:
+                assert cache is not None
+                targets = cache.fetch(batch, device=ranks.device)
+
+            log.phases.mark("student")
+            torch.manual_seed(step_seed(config.runtime.seed, step, ranks.rank))
+            inputs = StepInputs.of(batch, targets)
+            scalars = schedule.scalars(step)
+            if config.runtime.check_compile and step == first_step:
+                check_compiled_gradients(step_module, inputs, scalars, autocast=autocast)
+            parts = inputs.micro_batches(config.optim.accumulation_steps)
+            metrics = torch.zeros((), device=ranks.device)
+            for i, part in enumerate(parts):
+                last = i == len(parts) - 1
+                with nullcontext() if last or model is step_module else model.no_sync():  # type: ignore[operator]
+                    loss, part_metrics = model(*part.tensors(), *scalars)
+                    (loss / len(parts)).backward()
+                metrics = metrics + part_metrics / len(parts)
+
+            log.phases.mark("optimizer")
+            set_lr(optimizer, schedule.lr(step))
+            grad_norm, not_finite = clip_and_guard(
+                optimizer, step_module.parameters(), config.optim.clip_grad, metrics[0]
+            )
+            optimizer.found_inf = guard.submit(step, batch, not_finite, stop.received is not None)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if ema is not None:
+                ema.update(step_module.student, schedule.ema_momentum(step))
+            log.phases.mark("")
+
+            step += 1
+            log.add(metrics, grad_norm, images=global_batch_size)
+            if log.due(step):
+                guard.should_stop(drain=True)  # the flush syncs anyway; nothing that is not finite is logged as fine
+                log.flush(step, epoch=schedule.epoch(step), lr=schedule.lr(step - 1))
+            if due(step, config.runtime.term_gradients_every):
+                norms = term_gradient_norms(step_module, inputs, scalars)
+                log.event(step, **{f"grad_norm_{name}": value for name, value in norms.items()})
+                log.pause()
+            if due(step, config.runtime.checkpoint_every) or step == total_steps:
+                checkpoint(step)
+            if schedule.knn_due(step):
+                evaluate(config, ema.model if ema else step_module.student, step, schedule.epoch(step), ranks, log)
+
+        stopped = guard.should_stop(drain=True)
+        if step < total_steps and stopped:
+            checkpoint(step)
+    writer.wait()
+    log.close()
+    log.say(f"{'stopped by ' + (stop.received or 'another rank') if stopped else 'done'} at step {step}")
+    log.say(log.summary())
+
+
+def open_cache(config: TrainConfig) -> TeacherCache:
+    """Open the cache, refusing one that was made from other crops or other shards."""
+    path = config.teacher.cache_path
+    assert path is not None
+    manifest = load_manifest(config.data.data_path)
+    expect = run_fingerprint(manifest, augmentation=config.crops(), seed=config.data.data_seed)
+    return TeacherCache.open(path, expect=expect)
+
+
+def live_teacher(config: TrainConfig, ranks: Ranks) -> FrozenTeacher:
+    """Load the frozen teacher, compiled like the student."""
+    teacher = load_teacher(config.teacher, img_size=config.data.global_crops_size, device=ranks.device)
+    if config.runtime.compile:
+        teacher.compile(config.runtime.compile_backend)
+    return teacher
+
+
+def num_view_sets(config: TrainConfig, cache: TeacherCache | None) -> int | None:
+    """Return K: what the cache holds, else what the run asks for."""
+    if cache is None:
+        return config.teacher.view_sets
+    held = len(cache.view_sets)
+    if config.teacher.view_sets not in (None, held):
+        raise UserError(
+            f"--view_sets {config.teacher.view_sets}: the cache {config.teacher.cache_path} holds {held}. Leave the "
+            "flag out, or add view sets to the cache with `make cache`."
+        )
+    return held
+
+
+def obtain_prototypes(
+    config: TrainConfig, run_dir: Path, cache: TeacherCache | None, teacher: FrozenTeacher | None, ranks: Ranks
+) -> Prototypes:
+    """Load the run's prototypes; at the first start take those beside the cache, or fit them on the main rank.
+
+    Prototypes fitted from a cache are left beside it, so that every run from it shares them, live or cached.
+    """
+    own = run_dir / "prototypes.safetensors"
+    fingerprint = {
+        "teacher": cache.fingerprint["teacher"] if cache else teacher.fingerprint(),  # type: ignore[union-attr]
+        "crops": config.crops().geometry_fingerprint(),
+        "data_seed": config.data.data_seed,
+        "data": load_manifest(config.data.data_path).fingerprint(),
+        "prototypes": dataclasses.asdict(config.prototypes),
+    }
+    if cache and teacher and teacher.fingerprint() != fingerprint["teacher"]:
+        raise UserError(
+            f"--teacher live: the teacher is not the one that {config.teacher.cache_path} was built with. "
+            "Leave --cache_path out, or give the cache's teacher."
+        )
+    if ranks.is_main and not own.is_file():
+        shared = Path(config.teacher.cache_path) / own.name if config.teacher.cache_path else None
+        if shared and shared.is_file() and load_prototypes(shared).fingerprint == fingerprint:
+            save_prototypes(load_prototypes(shared), own)
+        else:
+            fitted = fit_prototypes(
+                token_stream(config, cache, teacher, ranks),
+                config.prototypes,
+                seed=config.data.data_seed,
+                fingerprint=fingerprint,
+                device=ranks.device,
+            )
+            save_prototypes(fitted, own)
+            if shared and not shared.is_file():
+                save_prototypes(fitted, shared)
+    ranks.barrier()
+    return load_prototypes(own, expect=fingerprint)
+
+
+def token_stream(
+    config: TrainConfig, cache: TeacherCache | None, teacher: FrozenTeacher | None, ranks: Ranks
+) -> Iterator[TeacherTargets]:
+    """Stream the teacher's tokens of view set 0, in the order of the shards (which is shuffled once)."""
+    if cache is not None:
+        yield from cache.tokens(0)
+        return
+    assert teacher is not None
+    rows = min(config.prototypes.prototype_rows, load_manifest(config.data.data_path).num_rows)
+    for batch in read_teacher_crops(
+        config.data.data_path,
+        range(rows),
+        view_set=0,
+        seed=config.data.data_seed,
+        augmentation=config.crops(),
+        backend=config.data.backend,
+        device=ranks.device,
+        batch_size=config.optim.batch_size_per_gpu,
+    ):
+        yield teacher(batch.crops)
+
+
+def restore(
+    state: dict[str, Any], step: DistillStep, optimizer: torch.optim.Optimizer, ema: StudentEma | None
+) -> None:
+    """Load a checkpoint's state into the objects it was taken from."""
+    step.load_state_dict(state["model"], strict=True)
+    optimizer.load_state_dict(state["optimizer"])
+    if ema is not None:
+        ema.model.load_state_dict(state["ema"], strict=True)
+
+
+def full_state(
+    step: DistillStep, optimizer: torch.optim.Optimizer, ema: StudentEma | None, loader: dict[str, Any]
+) -> dict[str, Any]:
+    """Return all that the next step depends on; the prototypes among the step's buffers included."""
+    return {
+        "model": step.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "ema": ema.model.state_dict() if ema is not None else None,
+        "loader": loader,
+    }
+
+
+def evaluate(
+    config: TrainConfig, student: torch.nn.Module, step: int, epoch: float, ranks: Ranks, log: MetricsLog
+) -> None:
+    """k-NN of the student on the validation shards; on the main rank, while the others wait."""
+    if ranks.is_main:
+        assert config.data.val_data_path is not None
+        bank_rows = min(load_manifest(config.data.data_path).num_rows, config.runtime.knn_max_rows)
+
+        def crops(shards: str, rows: int) -> Iterator[CenterCropBatch]:
+            return read_center_crops(
+                shards,
+                range(rows),
+                size=config.data.global_crops_size,
+                backend=config.data.backend,
+                device=ranks.device,
+                batch_size=config.optim.batch_size_per_gpu,
+            )
+
+        val_rows = load_manifest(config.data.val_data_path).num_rows
+        top1 = knn_top1(
+            student,
+            crops(config.data.data_path, bank_rows),
+            crops(config.data.val_data_path, val_rows),
+            normalise=normalise,
+            device=ranks.device,
+        )
+        log.event(step, epoch=epoch, knn_top1=top1)
+        log.say(f"step {step}: k-NN {top1:.2f} %")
+    ranks.barrier()
+    log.pause()
+
+
+def describe_start(
+    config: TrainConfig, ranks: Ranks, first_step: int, total_steps: int, cache: TeacherCache | None
+) -> str:
+    """Return the line that says what begins."""
+    source = f"targets from {config.teacher.cache_path}" if config.uses_cache() else "live teacher"
+    mode = f"compiled by {config.runtime.compile_backend}" if config.runtime.compile else "eager"
+    begins = f"resumes at step {first_step}" if first_step else "begins"
+    return (
+        f"{config.runtime.output_dir} {begins}: {total_steps} steps of "
+        f"{config.optim.batch_size_per_gpu * ranks.world_size} images on {ranks.world_size} x {ranks.device.type}, "
+        f"{source}, {mode}"
+    )
+
+
+def main() -> int:
+    """Run from the command line; return the exit status."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        config = parse_config()
+        if not config.data.data_path:
+            raise UserError("--data_path: missing. Give the folder of shards, as in --data_path shards/train.")
+        with process_group(config.runtime) as ranks:
+            train(config, ranks)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from shards.errors import UserError
 
@@ -100,6 +100,10 @@ class Augmentation:
     def num_masked_patches(self) -> int:
         """Patches masked on the one global crop of an image that is masked."""
         return self.num_masked_units * (self.mask_patch_size // self.patch_size) ** 2
+
+    def global_only(self) -> Augmentation:
+        """The same without local crops; boxes and photometrics of the global crops stay what they are."""
+        return replace(self, num_local_crops=0)
 
     def fingerprint(self) -> str:
         """Sha256 of every field; equal exactly when the whole augmentation is equal."""

@@ -67,9 +67,7 @@ def unit_masks(
         if not len(active):
             return mask
         numbers = 1 + np.arange(first, first + _ATTEMPTS_AT_ONCE)
-        words = draw(
-            uids[active, None], crops[active, None], numbers, seed=seed, domain=Domain.MASK, index=epoch
-        )
+        words = draw(uids[active, None], crops[active, None], numbers, seed=seed, domain=Domain.MASK, index=epoch)
         part, part_left = mask[active], left[active]
         for attempt in range(_ATTEMPTS_AT_ONCE):
             _add_block(part, part_left, words[:, attempt], a)
@@ -89,9 +87,7 @@ def unit_masks(
     return mask
 
 
-def draw_blocks(
-    words: UInt64Array, left: npt.NDArray[np.int64], augmentation: Augmentation
-) -> npt.NDArray[np.int64]:
+def draw_blocks(words: UInt64Array, left: npt.NDArray[np.int64], augmentation: Augmentation) -> npt.NDArray[np.int64]:
     """Draw one block an image: top, left, height, width in units, int64 [b, 4]; zeros where it does not fit.
 
     Args:
@@ -112,9 +108,7 @@ def draw_blocks(
     return np.stack([top, start, height, width], -1) * fits[:, None]
 
 
-def _add_block(
-    mask: npt.NDArray[np.bool_], left: npt.NDArray[np.int64], words: UInt64Array, a: Augmentation
-) -> None:
+def _add_block(mask: npt.NDArray[np.bool_], left: npt.NDArray[np.int64], words: UInt64Array, a: Augmentation) -> None:
     """Add one block to each mask where it adds from 1 to `left` units; both are changed in place."""
     block = draw_blocks(words, left, a)
     place = np.arange(mask.shape[1])
@@ -127,9 +121,7 @@ def _add_block(
     left -= np.where(keep, added, 0)
 
 
-def _filled(
-    mask: npt.NDArray[np.bool_], left: npt.NDArray[np.int64], words: UInt64Array
-) -> npt.NDArray[np.bool_]:
+def _filled(mask: npt.NDArray[np.bool_], left: npt.NDArray[np.int64], words: UInt64Array) -> npt.NDArray[np.bool_]:
     """Mask `left` more units of each image, in the order of their words."""
     b, side, _ = mask.shape
     taken = mask.reshape(b, -1)

@@ -70,9 +70,7 @@ def rank_positions(step: int, *, rank: int, world_size: int, global_batch_size: 
         UserError: the world size does not divide the global batch, or the rank is not below the world size.
     """
     if not 0 <= rank < world_size:
-        raise UserError(
-            f"rank {rank}: the world size is {world_size}. Ranks count from 0. Check the launcher."
-        )
+        raise UserError(f"rank {rank}: the world size is {world_size}. Ranks count from 0. Check the launcher.")
     if global_batch_size < 1 or global_batch_size % world_size:
         raise UserError(
             f"global batch of {global_batch_size}: the world size {world_size} does not divide it. "

@@ -159,9 +159,7 @@ def box_test_vector(seed: int, augmentation: Augmentation, view_set: int = 0) ->
     """Sha256 hex of the global boxes and flips of 1000 fixed ids and image sizes from 1 to 2000 pixels."""
     i = np.arange(1000, dtype=np.uint64)
     uids = (i + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-    sizes = np.stack(
-        [1 + i * np.uint64(7919) % np.uint64(2000), 1 + i * np.uint64(104729) % np.uint64(2000)], -1
-    )
+    sizes = np.stack([1 + i * np.uint64(7919) % np.uint64(2000), 1 + i * np.uint64(104729) % np.uint64(2000)], -1)
     plan = crop_plan(uids, sizes, view_set=view_set, epoch=0, seed=seed, augmentation=augmentation)
     g = augmentation.num_global_crops
     digest = hashlib.sha256(np.ascontiguousarray(plan.boxes[:, :g], "<i4").tobytes())
@@ -249,9 +247,7 @@ def _first_fit(
     return picked_h, picked_w, np.asarray(fits.any(-1))
 
 
-def _identity(
-    n: int, v: int
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
+def _identity(n: int, v: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
     colour = np.zeros((n, v, 3, 4), np.float32)
     colour[..., :3] = np.eye(3, dtype=np.float32)
     return colour, np.zeros((n, v), np.float32), np.zeros((n, v), bool)

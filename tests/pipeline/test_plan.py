@@ -60,9 +60,7 @@ def test_golden_boxes_change_with_seed_view_set_and_geometry():
 )  # fmt: skip
 @settings(deadline=None, max_examples=150)
 def test_every_box_lies_inside_its_image(height, width, seed, low, ratio):
-    a = Augmentation(
-        global_crops_scale=(low, 1.0), local_crops_scale=(low / 2, low), aspect_ratio=(ratio, 1 / ratio)
-    )
+    a = Augmentation(global_crops_scale=(low, 1.0), local_crops_scale=(low / 2, low), aspect_ratio=(ratio, 1 / ratio))
     boxes = _plan(16, seed=seed, size=(height, width), augmentation=a).boxes
     top, left, h, w = np.moveaxis(boxes, -1, 0)
     assert boxes.shape == (16, 10, 4)
@@ -100,9 +98,7 @@ def test_box_areas_and_ratios_fill_their_stated_ranges():
     assert abs(area[:, 2:].mean() - 0.225) < 5 * spread
     assert abs(np.log(ratio[:, 2:]).mean()) < 5 * math.log(16 / 9) / math.sqrt(12 * n) + slack / 10
     edges = np.quantile(area[:, 2:], [0.25, 0.5, 0.75])
-    assert np.allclose(
-        edges, 0.05 + 0.35 * np.array([0.25, 0.5, 0.75]), atol=5 * 0.35 * 0.5 / math.sqrt(n) + 1e-3
-    )
+    assert np.allclose(edges, 0.05 + 0.35 * np.array([0.25, 0.5, 0.75]), atol=5 * 0.35 * 0.5 / math.sqrt(n) + 1e-3)
 
 
 def test_positions_are_uniform_over_what_is_free():
@@ -171,9 +167,7 @@ def test_global_geometry_depends_on_the_view_set_and_everything_else_on_the_epoc
 
 def test_with_teacher_photometric_the_global_photometrics_are_fixed_by_the_view_set():
     a = Augmentation(teacher_photometric=True)
-    base, other_epoch, other_set = (
-        _plan(epoch=e, view_set=s, augmentation=a) for e, s in [(0, 0), (1, 0), (0, 1)]
-    )
+    base, other_epoch, other_set = (_plan(epoch=e, view_set=s, augmentation=a) for e, s in [(0, 0), (1, 0), (0, 1)])
     for name in ("colour", "blur_sigma", "solarize"):
         assert np.array_equal(getattr(base, name)[:, :2], getattr(other_epoch, name)[:, :2])
     assert not np.array_equal(base.colour[:, :2], other_set.colour[:, :2])

@@ -1,0 +1,170 @@
+"""The fallback without DALI: simplejpeg decode, Pillow resize, OpenCV colour and blur, in threads."""
+
+from __future__ import annotations
+
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+import simplejpeg
+import torch
+from PIL import Image
+from torch import Tensor
+
+from pipeline.backend import BackendOptions, BadSampleError, CropRequest, Crops, CropWork
+
+BLUR_TAPS = 9
+SOLARIZE_THRESHOLD = 128
+
+_SOLARIZED = np.array([x if x < SOLARIZE_THRESHOLD else 255 - x for x in range(256)], np.uint8)
+_IDENTITY = np.eye(3, 4, dtype=np.float32)
+
+
+def decode(jpeg: npt.NDArray[np.uint8], size: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
+    """Decode a JPEG strictly.
+
+    Args:
+        jpeg: encoded image, uint8 [bytes].
+        size: expected height and width.
+
+    Returns:
+        uint8 [height, width, 3], RGB.
+
+    Raises:
+        ValueError: the image is damaged, or has another size.
+    """
+    image: npt.NDArray[np.uint8] = simplejpeg.decode_jpeg(jpeg, colorspace="RGB", strict=True)
+    if image.shape[:2] != (size[0], size[1]):
+        raise ValueError(f"{image.shape[0]} x {image.shape[1]} pixels, the index says {size[0]} x {size[1]}")
+    return image
+
+
+@dataclass
+class _InFlight:
+    request: CropRequest
+    global_crops: Tensor | None
+    local_crops: Tensor | None
+    clean_crops: Tensor | None
+    done: list[Future[None]]
+
+
+class CpuCrops:
+    """A crop backend on CPU threads; its crops are copied to the device if that is a GPU."""
+
+    depth = 2
+
+    def __init__(self, work: CropWork, options: BackendOptions) -> None:
+        """Start the threads; OpenCV's own are switched off, as each image is one thread's work."""
+        cv2.setNumThreads(0)
+        self._work = work
+        self._device = options.device
+        self._in_flight: deque[_InFlight] = deque()
+        self._pool = ThreadPoolExecutor(options.num_threads, thread_name_prefix="crops")
+
+    def submit(self, request: CropRequest) -> None:
+        """Start one task an image."""
+        w, n = self._work, len(request.jpegs)
+        batch = _InFlight(
+            request,
+            self._empty(w.num_global * n, w.global_size) if w.distorted else None,
+            self._empty(w.num_local * n, w.local_size) if w.distorted else None,
+            self._empty(w.num_global * n, w.global_size) if w.clean else None,
+            [],
+        )
+        batch.done = [self._pool.submit(self._crop_image, batch, i) for i in range(n)]
+        self._in_flight.append(batch)
+
+    def collect(self) -> Crops:
+        """Wait for the oldest request's images."""
+        batch = self._in_flight.popleft()
+        bad = {}
+        for i, future in enumerate(batch.done):
+            try:
+                future.result()
+            except ValueError as error:
+                bad[i] = str(error)
+        if bad:
+            raise BadSampleError(bad)
+        return Crops(*(self._to_device(t) for t in (batch.global_crops, batch.local_crops, batch.clean_crops)))
+
+    def reset(self) -> None:
+        """Cancel what has not begun."""
+        for batch in self._in_flight:
+            for future in batch.done:
+                future.cancel()
+        self._in_flight.clear()
+
+    def close(self) -> None:
+        """Stop the threads."""
+        self.reset()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _empty(self, rows: int, side: int) -> Tensor:
+        return torch.empty(rows, side, side, 3, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+
+    def _to_device(self, crops: Tensor | None) -> Tensor | None:
+        return None if crops is None else crops.to(self._device, non_blocking=True)
+
+    def _crop_image(self, batch: _InFlight, i: int) -> None:
+        w, request = self._work, batch.request
+        n, plan = len(request.jpegs), request.plan
+        image = Image.fromarray(decode(request.jpegs[i], request.sizes[i]))
+        for view in range(w.num_views):
+            is_global = view < w.num_global
+            size = w.global_size if is_global else w.local_size
+            crop = resize(image, plan.boxes[i, view], size, flip=bool(plan.flips[i, view]))
+            if is_global and batch.clean_crops is not None:
+                batch.clean_crops[view * n + i].numpy()[...] = crop
+            if not w.distorted:
+                continue
+            crop = distort(crop, plan.colour[i, view], float(plan.blur_sigma[i, view]), bool(plan.solarize[i, view]))
+            target = batch.global_crops if is_global else batch.local_crops
+            assert target is not None
+            row = (view if is_global else view - w.num_global) * n + i
+            target[row].numpy()[...] = crop
+
+
+def resize(image: Image.Image, box: npt.NDArray[np.int32], size: int, *, flip: bool) -> npt.NDArray[np.uint8]:
+    """Resize a box of an image by Keys cubic (a = -0.5), antialiased, reading beyond the box.
+
+    Args:
+        image: RGB image.
+        box: top, left, height, width.
+        size: side of the crop in pixels.
+        flip: mirror the crop horizontally.
+
+    Returns:
+        uint8 [size, size, 3].
+    """
+    top, left, height, width = (int(x) for x in box)
+    resized = image.resize(
+        (size, size), Image.Resampling.BICUBIC, box=(left, top, left + width, top + height), reducing_gap=None
+    )
+    crop = np.asarray(resized)
+    return cv2.flip(crop, 1) if flip else crop  # type: ignore[return-value]
+
+
+def distort(
+    crop: npt.NDArray[np.uint8], colour: npt.NDArray[np.float32], blur_sigma: float, solarize: bool
+) -> npt.NDArray[np.uint8]:
+    """Apply the affine colour map, the Gaussian blur and solarize; rounded to uint8 after each.
+
+    Args:
+        crop: uint8 [size, size, 3].
+        colour: float32 [3, 4].
+        blur_sigma: in pixels, 0 for none; nine taps, edges reflected without repeating the border.
+        solarize: invert values >= 128.
+
+    Returns:
+        uint8 [size, size, 3].
+    """
+    if not np.array_equal(colour, _IDENTITY):
+        crop = cv2.transform(crop, colour)  # type: ignore[assignment]
+    if blur_sigma > 0:
+        crop = cv2.GaussianBlur(  # type: ignore[assignment]
+            crop, (BLUR_TAPS, BLUR_TAPS), blur_sigma, sigmaY=blur_sigma, borderType=cv2.BORDER_REFLECT_101
+        )
+    return _SOLARIZED[crop] if solarize else crop

@@ -1,0 +1,300 @@
+"""Crops by NVIDIA DALI: one graph for GPU and CPU, parameters from outside. The only module that imports DALI.
+
+Each sample is its JPEG bytes and one packed float32 tensor of all views' parameters. The image is decoded once
+and resized ten times: decoding ten regions costs 2.8 times as much.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.dlpack import from_dlpack
+
+from pipeline.backend import BackendOptions, BadSampleError, CropRequest, Crops, CropWork
+from pipeline.cpu_crops import BLUR_TAPS, SOLARIZE_THRESHOLD
+from pipeline.plan import CropPlan
+
+_IN_FLIGHT = 2
+
+# Columns of the packed parameters of a view.
+_ROI_START, _ROI_END, _COLOUR = slice(0, 2), slice(2, 4), slice(4, 16)
+_SIGMA, _SOLARIZE = 16, 17
+_NUM_PARAMETERS = 18
+# DALI has no per-sample switch for its blur; at this sigma the outer taps are exactly 0 in float32.
+_NO_BLUR_SIGMA = 1e-3
+
+# Buffers that nvJPEG keeps per thread. Sized for ImageNet's larger images at once, so that memory does not
+# grow while training meets them one by one.
+_DEVICE_MEMORY_PADDING = 64 << 20
+_HOST_MEMORY_PADDING = 32 << 20
+_PREALLOCATE_SIDE = 2048
+
+
+def missing_reason() -> str | None:
+    """Say why DALI cannot be used, or None where it can."""
+    try:
+        _dali()
+    except ImportError as error:
+        return f"DALI cannot be imported ({error})"
+    return None
+
+
+def _dali() -> tuple[Any, Any, Any]:
+    """DALI's operators, pipeline decorator and types; untyped, as its stubs lack half of them."""
+    dali: Any = importlib.import_module("nvidia.dali")
+    return dali.fn, dali.pipeline_def, dali.types
+
+
+def pack(plan: CropPlan) -> npt.NDArray[np.float32]:
+    """Pack a plan for the graph, float32 [n, v, 18]; a flip is a region with its left and right swapped."""
+    packed = np.empty((*plan.flips.shape, _NUM_PARAMETERS), np.float32)
+    top, left, height, width = np.moveaxis(plan.boxes, -1, 0)
+    packed[..., 0] = top
+    packed[..., 1] = left + width * plan.flips
+    packed[..., 2] = top + height
+    packed[..., 3] = left + width * ~plan.flips
+    packed[..., _COLOUR] = plan.colour.reshape(*plan.flips.shape, 12)
+    packed[..., _SIGMA] = np.where(plan.blur_sigma > 0, plan.blur_sigma, _NO_BLUR_SIGMA)
+    packed[..., _SOLARIZE] = plan.solarize
+    return packed
+
+
+@dataclass
+class _Pending:
+    request: CropRequest
+    packed: npt.NDArray[np.float32]
+
+
+class DaliCrops:
+    """A crop backend by DALI on its device."""
+
+    depth = _IN_FLIGHT
+
+    def __init__(self, work: CropWork, options: BackendOptions) -> None:
+        """Build the graph and run it once on a tiny image, so that what is missing shows here."""
+        self._work = work
+        self._options = options
+        self._on_gpu = options.device.type == "cuda"
+        self._in_flight: deque[_Pending] = deque()
+        self._held: deque[tuple[Any, torch.cuda.Event]] = deque()
+        self._pipe: Any = None
+        self._start()
+
+    def submit(self, request: CropRequest) -> None:
+        """Hand a request to DALI; bytes are not copied, so they are kept until it is collected."""
+        if self._pipe is None:
+            self._start()
+        pending = _Pending(request, pack(request.plan))
+        self._in_flight.append(pending)
+        self._feed(list(request.jpegs), pending.packed)
+        self._pipe.schedule_run()
+
+    def collect(self) -> Crops:
+        """Wait for the oldest request."""
+        pending = self._in_flight.popleft()
+        try:
+            outputs = self._outputs()
+        except RuntimeError as error:
+            bad = _undecodable(pending.request, self._options)
+            if not bad:
+                raise
+            raise BadSampleError(bad) from error
+        sizes = from_dlpack(outputs[0].as_tensor()).numpy()[:, :2]
+        wrong = np.flatnonzero((sizes != pending.request.sizes).any(1))
+        if len(wrong):
+            expected = pending.request.sizes
+            raise BadSampleError(
+                {
+                    int(i): f"{sizes[i, 0]} x {sizes[i, 1]} pixels, the index says {expected[i, 0]} x {expected[i, 1]}"
+                    for i in wrong
+                }
+            )
+        crops = self._joined(outputs[1:])
+        if self._on_gpu:
+            self._hold((outputs, pending))
+        return crops
+
+    def reset(self) -> None:
+        """Drop the graph with all that is in it; the next request builds a new one."""
+        self._in_flight.clear()
+        self._pipe = None
+
+    def close(self) -> None:
+        """Free the graph, its threads and its memory."""
+        self.reset()
+        for _, event in self._held:
+            event.synchronize()
+        self._held.clear()
+
+    def _start(self) -> None:
+        self._pipe = _build(self._work, self._options)
+        tiny, packed = _tiny_request(self._work)
+        # The first run of a pipeline takes as many batches as it prefetches; from then on one run is one batch.
+        for _ in range(_IN_FLIGHT):
+            self._feed([tiny], packed)
+        self._pipe.schedule_run()
+        for _ in range(_IN_FLIGHT):
+            self._pipe.share_outputs()
+            self._pipe.release_outputs()
+
+    def _feed(self, jpegs: list[npt.NDArray[np.uint8]], packed: npt.NDArray[np.float32]) -> None:
+        self._pipe.feed_input("jpegs", jpegs)
+        self._pipe.feed_input("parameters", packed)
+
+    def _outputs(self) -> Any:
+        if self._on_gpu:
+            outputs = self._pipe.share_outputs(cuda_stream=torch.cuda.current_stream(self._options.device))
+        else:
+            outputs = self._pipe.share_outputs()
+        self._pipe.release_outputs()
+        return outputs
+
+    def _joined(self, outputs: Any) -> Crops:
+        """Join the views to crop-major tensors of torch's own memory."""
+        w = self._work
+        views = [_as_torch(output) for output in outputs]
+        clean = views[: w.num_global] if w.clean else []
+        rest = views[len(clean) :]
+        return Crops(
+            _cat(rest[: w.num_global], w.global_size, self._options.device) if w.distorted else None,
+            _cat(rest[w.num_global :], w.local_size, self._options.device) if w.distorted else None,
+            _cat(clean, w.global_size, self._options.device) if w.clean else None,
+        )
+
+    def _hold(self, buffers: Any) -> None:
+        """Keep the encoded images and DALI's buffers until the GPU has read them."""
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self._options.device))
+        self._held.append((buffers, event))
+        while self._held and self._held[0][1].query():
+            self._held.popleft()
+
+
+def _cat(views: list[Tensor], side: int, device: torch.device) -> Tensor:
+    if not views:
+        return torch.empty(0, side, side, 3, dtype=torch.uint8, device=device)
+    return torch.cat(views)
+
+
+def _as_torch(output: Any) -> Tensor:
+    return from_dlpack(output.as_tensor())
+
+
+def _build(work: CropWork, options: BackendOptions) -> Any:
+    fn, pipeline_def, types = _dali()
+
+    on_gpu = options.device.type == "cuda"
+
+    @pipeline_def(
+        batch_size=options.max_batch_size,
+        num_threads=options.num_threads,
+        device_id=(options.device.index or 0) if on_gpu else None,
+        prefetch_queue_depth=_IN_FLIGHT,
+        exec_dynamic=True,
+    )
+    def crops() -> Any:
+        jpegs = fn.external_source(name="jpegs", dtype=types.UINT8, ndim=1, no_copy=True)
+        parameters = fn.external_source(name="parameters", dtype=types.FLOAT, ndim=2)
+        image = _decoded(jpegs, options)
+        clean, distorted = [], []
+        for view in range(work.num_views):
+            is_global = view < work.num_global
+            crop = fn.resize(
+                image,
+                size=[work.global_size if is_global else work.local_size] * 2,
+                roi_start=parameters[view, _ROI_START],
+                roi_end=parameters[view, _ROI_END],
+                interp_type=types.INTERP_CUBIC,
+                antialias=True,
+                dtype=types.UINT8,
+            )
+            if is_global and work.clean:
+                clean.append(crop)
+            if work.distorted:
+                distorted.append(_distorted(crop, parameters, view, work, on_gpu=on_gpu))
+        return (fn.peek_image_shape(jpegs), *clean, *distorted)
+
+    pipe = crops()
+    pipe.build()
+    return pipe
+
+
+def _decoded(jpegs: Any, options: BackendOptions) -> Any:
+    fn, _, types = _dali()
+
+    if options.device.type != "cuda":
+        return fn.decoders.image(jpegs, device="cpu", output_type=types.RGB, adjust_orientation=False)
+    return fn.decoders.image(
+        jpegs,
+        device="mixed",
+        output_type=types.RGB,
+        adjust_orientation=False,
+        jpeg_fancy_upsampling=True,
+        hw_decoder_load=options.hw_decoder_load,
+        device_memory_padding=_DEVICE_MEMORY_PADDING,
+        host_memory_padding=_HOST_MEMORY_PADDING,
+        # Only the hardware engine reads these hints; 0 reserves nothing for it.
+        preallocate_height_hint=_PREALLOCATE_SIDE if options.hw_decoder_load else 0,
+        preallocate_width_hint=_PREALLOCATE_SIDE if options.hw_decoder_load else 0,
+    )
+
+
+def _distorted(crop: Any, parameters: Any, view: int, work: CropWork, *, on_gpu: bool) -> Any:
+    fn, _, types = _dali()
+
+    colour = fn.reshape(parameters[view, _COLOUR], shape=[3, 4])
+    crop = fn.coord_transform(crop, MT=colour, dtype=types.UINT8)
+    if work.blur[view]:
+        sigma = parameters[view, _SIGMA : _SIGMA + 1]
+        crop = fn.gaussian_blur(crop, sigma=sigma, window_size=BLUR_TAPS)
+    if work.solarize[view]:
+        switch = parameters[view, _SOLARIZE]
+        if on_gpu:
+            switch = switch.gpu()
+        value = fn.cast(crop, dtype=types.FLOAT)
+        value = value + switch * ((value >= SOLARIZE_THRESHOLD) * (255.0 - 2.0 * value))
+        crop = fn.cast(value, dtype=types.UINT8)
+    return crop
+
+
+def _tiny_request(work: CropWork) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]:
+    stream = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(stream, "JPEG")
+    packed = np.zeros((1, work.num_views, _NUM_PARAMETERS), np.float32)
+    packed[..., _ROI_END] = 16
+    packed[..., _SIGMA] = _NO_BLUR_SIGMA
+    return np.frombuffer(stream.getvalue(), np.uint8), packed
+
+
+def _undecodable(request: CropRequest, options: BackendOptions) -> dict[int, str]:
+    """Decode each image on its own and give the reason for those that fail."""
+    fn, pipeline_def, types = _dali()
+
+    @pipeline_def(
+        batch_size=1,
+        num_threads=1,
+        device_id=(options.device.index or 0) if options.device.type == "cuda" else None,
+        prefetch_queue_depth=1,
+    )
+    def single() -> Any:
+        return _decoded(fn.external_source(name="jpegs", dtype=types.UINT8, ndim=1), options)
+
+    bad, pipe = {}, None
+    for i, jpeg in enumerate(request.jpegs):
+        if pipe is None:
+            pipe = single()
+        try:
+            pipe.run(jpegs=[jpeg])
+        except RuntimeError:
+            bad[i] = "DALI cannot decode it"
+            pipe = None  # a pipeline that failed is no longer valid
+    return bad

@@ -1,0 +1,136 @@
+"""One thread that runs an iterator ahead of its consumer, and ends with it in every case."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+_JOIN_SECONDS = 60.0
+_POLL_SECONDS = 0.5
+
+_log = logging.getLogger("pipeline")
+
+
+class _Shared(Generic[T]):
+    """What the thread and its consumer share; the thread holds no reference to the `Feeder`."""
+
+    def __init__(self, depth: int) -> None:
+        self.changed = threading.Condition()
+        self.items: deque[T] = deque()
+        self.depth = depth
+        self.stop = False
+        self.ended = False
+        self.error: BaseException | None = None
+
+
+class Feeder(Generic[T]):
+    """Iterates in a daemon thread, at most `depth` items ahead.
+
+    The iterator is made, run and closed in that thread. An exception in it is raised by the `get` that would
+    have given the next item. The thread ends when the iterator does, on `close`, when the feeder is garbage
+    collected, and at the interpreter's exit.
+    """
+
+    def __init__(
+        self, make_items: Callable[[], Iterator[T]], *, depth: int, stall_seconds: float, name: str = "feeder"
+    ) -> None:
+        """Start the thread.
+
+        Args:
+            make_items: called once in the thread; must hold no reference to this object's owner.
+            depth: items to keep ready.
+            stall_seconds: `get` gives up after waiting this long for an item.
+            name: of the thread.
+        """
+        self._shared: _Shared[T] = _Shared(depth)
+        self._stall_seconds = stall_seconds
+        self._thread = threading.Thread(target=_run, args=(self._shared, make_items), name=name, daemon=True)
+        self._thread.start()
+        self._close = weakref.finalize(self, _stop, self._shared, self._thread)
+
+    def get(self) -> T:
+        """The next item.
+
+        Raises:
+            StopIteration: the iterator has ended, or the feeder is closed.
+            RuntimeError: the thread is gone without a word (a fork), or gave nothing for `stall_seconds`.
+            BaseException: whatever the iterator raised.
+        """
+        shared, start = self._shared, time.monotonic()
+        with shared.changed:
+            while not shared.items:
+                if shared.error is not None:
+                    raise shared.error
+                if shared.ended or shared.stop:
+                    raise StopIteration
+                if not self._thread.is_alive():
+                    raise RuntimeError(
+                        "data loader: the feeder thread is gone without an error. A forked process has no "
+                        "threads of its parent. Open the loader in the process that uses it."
+                    )
+                waited = time.monotonic() - start
+                if waited > self._stall_seconds:
+                    raise RuntimeError(
+                        f"data loader: no batch for {waited:.0f} s. Reading or decoding hangs, which a dead "
+                        "network mount does too. Check the storage of the shards, or raise stall_seconds."
+                    )
+                shared.changed.wait(_POLL_SECONDS)
+            item = shared.items.popleft()
+            shared.changed.notify_all()
+        return item
+
+    def close(self) -> None:
+        """Stop the thread and wait for it; a second call does nothing."""
+        self._close()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
+
+
+def _run(shared: _Shared[T], make_items: Callable[[], Iterator[T]]) -> None:
+    try:
+        items = make_items()
+        try:
+            while not shared.stop:
+                try:
+                    item = next(items)
+                except StopIteration:
+                    break
+                with shared.changed:
+                    shared.changed.wait_for(lambda: shared.stop or len(shared.items) < shared.depth)
+                    if shared.stop:
+                        break
+                    shared.items.append(item)
+                    del item
+                    shared.changed.notify_all()
+        finally:
+            close = getattr(items, "close", None)
+            if close is not None:
+                close()
+    except BaseException as error:  # handed to the consumer, which raises it
+        with shared.changed:
+            shared.error = error
+    finally:
+        with shared.changed:
+            shared.ended = True
+            shared.changed.notify_all()
+
+
+def _stop(shared: _Shared[T], thread: threading.Thread) -> None:
+    with shared.changed:
+        shared.stop = True
+        shared.items.clear()
+        shared.changed.notify_all()
+    if thread is not threading.current_thread():
+        thread.join(_JOIN_SECONDS)
+        if thread.is_alive():
+            _log.warning("data loader: the feeder thread did not end within %.0f s; left behind", _JOIN_SECONDS)

@@ -1,0 +1,240 @@
+"""Single passes over given rows: crops for the teacher cache and for probes."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from jaxtyping import Int64, UInt8
+from torch import Tensor
+
+from pipeline.augmentation import Augmentation
+from pipeline.backend import (
+    BackendOptions,
+    BadSampleError,
+    CropRequest,
+    Crops,
+    CropWork,
+    center_work,
+    choose_backend,
+    default_num_threads,
+    teacher_work,
+)
+from pipeline.failures import FailurePolicy
+from pipeline.feeder import Feeder
+from pipeline.jobs import Job, Ready, receive, run, to_device
+from pipeline.order import DEFAULT_BLOCK, DEFAULT_WINDOW
+from pipeline.plan import CropPlan, center_crop_plan, crop_plan, global_crops_spec
+from pipeline.readahead import Readahead
+from pipeline.source import ShardSource
+from shards.errors import UserError
+
+B = TypeVar("B")
+
+_PREFETCH = 2
+_STALL_SECONDS = 600.0
+_READAHEAD_ROWS = DEFAULT_BLOCK * DEFAULT_WINDOW
+
+_MakePlan = Callable[[npt.NDArray[np.int64], npt.NDArray[np.int64]], CropPlan]
+
+
+@dataclass(frozen=True)
+class TeacherCropBatch:
+    """The global crops of `b` images as the teacher sees them, for one view set.
+
+    Attributes:
+        rows: rows of the shard index, int64 [b].
+        uids: sample ids, uint64 [b].
+        image_crcs: crc32c of the encoded images, uint32 [b].
+        view_set: the view set.
+        crops: uint8 [g*b, G, G, 3], crop-major.
+        global_crops_spec: int32 [b, g, 6], see `pipeline.plan.global_crops_spec`.
+    """
+
+    rows: npt.NDArray[np.int64]
+    uids: npt.NDArray[np.uint64]
+    image_crcs: npt.NDArray[np.uint32]
+    view_set: int
+    crops: UInt8[Tensor, "gb G G 3"]
+    global_crops_spec: npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class CenterCropBatch:
+    """One centre crop of each of `b` images.
+
+    Attributes:
+        rows: rows of the shard index, int64 [b].
+        crops: uint8 [b, size, size, 3].
+        labels: class labels, -1 where unknown, int64 [b].
+    """
+
+    rows: npt.NDArray[np.int64]
+    crops: UInt8[Tensor, "b size size 3"]
+    labels: Int64[Tensor, " b"]
+
+
+def read_teacher_crops(
+    shards: str | Path,
+    rows: npt.ArrayLike,
+    *,
+    view_set: int,
+    seed: int,
+    augmentation: Augmentation,
+    backend: str = "auto",
+    device: str | torch.device = "cpu",
+    batch_size: int = 64,
+    num_threads: int | None = None,
+    hw_decoder_load: float = 0.0,
+    access: str = "auto",
+) -> Iterator[TeacherCropBatch]:
+    """Read rows in their order, the last batch partial.
+
+    The crops equal, bit for bit, the `teacher_crops` that `open_loader` gives with the same backend and device
+    for the same row, view set, seed and augmentation.
+
+    Raises:
+        UserError: at the call for settings and shards, while iterating for a sample that cannot be decoded.
+    """
+    source = ShardSource(shards, access=access)
+
+    def plan(chosen: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64]) -> CropPlan:
+        uids = source.index.uid[chosen]
+        return crop_plan(uids, sizes, view_set=view_set, epoch=0, seed=seed, augmentation=global_only)
+
+    def assemble(job: Job, crops: Crops) -> TeacherCropBatch:
+        made = crops.global_crops if augmentation.teacher_photometric else crops.clean_crops
+        assert made is not None
+        request = job.request
+        return TeacherCropBatch(
+            rows=job.rows,
+            uids=source.index.uid[job.rows],
+            image_crcs=source.index.crc32c[job.rows],
+            view_set=view_set,
+            crops=made,
+            global_crops_spec=global_crops_spec(request.plan, request.sizes, augmentation.num_global_crops),
+        )
+
+    global_only = augmentation.global_only()
+    options = _options(device, num_threads, batch_size, hw_decoder_load)
+    return _read(source, rows, teacher_work(augmentation), options, backend, plan, assemble)
+
+
+def read_center_crops(
+    shards: str | Path,
+    rows: npt.ArrayLike,
+    *,
+    size: int,
+    crop_ratio: float = 0.875,
+    backend: str = "auto",
+    device: str | torch.device = "cpu",
+    batch_size: int = 64,
+    num_threads: int | None = None,
+    hw_decoder_load: float = 0.0,
+    access: str = "auto",
+) -> Iterator[CenterCropBatch]:
+    """Read the centre crops of rows in their order, the last batch partial.
+
+    Args:
+        shards: folder of packed shards.
+        rows: rows of the index, in any order.
+        size: side of a crop in pixels.
+        crop_ratio: side of the box over the image's shorter side.
+        backend: `auto`, `dali`, `cpu` or `torch`.
+        device: where the crops are wanted.
+        batch_size: images of a batch.
+        num_threads: threads that decode and crop.
+        hw_decoder_load: DALI on a GPU: 0.0 or 1.0, see `BackendOptions`.
+        access: how shards are read, see `ShardSource`.
+
+    Raises:
+        UserError: at the call for settings and shards, while iterating for a sample that cannot be decoded.
+    """
+    source = ShardSource(shards, access=access)
+    options = _options(device, num_threads, batch_size, hw_decoder_load)
+    center_crop_plan(np.ones((1, 2)), crop_ratio=crop_ratio)
+
+    def plan(_: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64]) -> CropPlan:
+        return center_crop_plan(sizes, crop_ratio=crop_ratio)
+
+    def assemble(job: Job, crops: Crops) -> CenterCropBatch:
+        assert crops.clean_crops is not None
+        labels = to_device(source.index.label[job.rows].astype(np.int64), options.device)
+        return CenterCropBatch(rows=job.rows, crops=crops.clean_crops, labels=labels)
+
+    return _read(source, rows, center_work(size), options, backend, plan, assemble)
+
+
+def _options(
+    device: str | torch.device, num_threads: int | None, batch_size: int, hw_decoder_load: float
+) -> BackendOptions:
+    if batch_size < 1:
+        raise UserError(f"batch_size is {batch_size}. It must be at least 1. Change batch_size.")
+    threads = default_num_threads() if num_threads is None else num_threads
+    return BackendOptions(torch.device(device), threads, batch_size, hw_decoder_load)
+
+
+def _read(
+    source: ShardSource,
+    rows: npt.ArrayLike,
+    work: CropWork,
+    options: BackendOptions,
+    backend: str,
+    plan: _MakePlan,
+    assemble: Callable[[Job, Crops], B],
+) -> Iterator[B]:
+    chosen = np.asarray(rows, np.int64).reshape(-1)
+    if len(chosen) and (chosen.min() < 0 or chosen.max() >= len(source)):
+        raise UserError(
+            f"{source.folder}: rows from {chosen.min()} to {chosen.max()} asked for, there are {len(source)}. "
+            "Choose rows of these shards."
+        )
+    taken, _ = choose_backend(backend, options.device)
+    make = functools.partial(_batches, source, chosen, work, options, taken, plan, assemble)
+    return _iterate(make)
+
+
+def _iterate(make: Callable[[], Iterator[Ready[B]]]) -> Iterator[B]:
+    feeder = Feeder(make, depth=_PREFETCH, stall_seconds=_STALL_SECONDS, name="crop-reader")
+    try:
+        while True:
+            try:
+                ready = feeder.get()
+            except StopIteration:
+                return
+            yield receive(ready)
+    finally:
+        feeder.close()
+
+
+def _batches(
+    source: ShardSource,
+    rows: npt.NDArray[np.int64],
+    work: CropWork,
+    options: BackendOptions,
+    backend: str,
+    plan: _MakePlan,
+    assemble: Callable[[Job, Crops], B],
+) -> Iterator[Ready[B]]:
+    failures = FailurePolicy("raise")
+
+    def jobs() -> Iterator[Job]:
+        ahead = Readahead(source, rows, _READAHEAD_ROWS)
+        for start in range(0, len(rows), options.max_batch_size):
+            part = rows[start : start + options.max_batch_size]
+            ahead.step(start, options.max_batch_size)
+            sizes = source.sizes(part)
+            yield Job(part, CropRequest(source.jpegs(part), sizes, plan(part, sizes)))
+
+    def repair(job: Job, error: BadSampleError) -> Job:
+        failures.report(source, {int(job.rows[i]): reason for i, reason in error.reasons.items()})
+        raise AssertionError("the policy raises")
+
+    with source:
+        yield from run(backend, work, options, jobs(), repair, assemble)

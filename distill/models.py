@@ -35,6 +35,7 @@ def create_vit(
 
     Raises:
         UserError: timm does not know the architecture, or it has no class token.
+        OSError: pretrained weights could not be found or downloaded.
     """
     args: dict[str, Any] = {"num_classes": 0, "global_pool": "token", **(model_args or {})}
     name = arch
@@ -44,7 +45,7 @@ def create_vit(
         args["patch_size"] = patch_size
     try:
         model = timm.create_model(name, pretrained=pretrained, **args)
-    except (RuntimeError, TypeError, AssertionError, FileNotFoundError) as error:
+    except (RuntimeError, TypeError, AssertionError) as error:
         raise UserError(
             f"architecture {arch}: timm cannot create it ({str(error).splitlines()[0]}). "
             f"Use one of {', '.join(FAMILY)}, a timm ViT with a class token, or local-dir:FOLDER."

@@ -122,12 +122,11 @@ def load_teacher(
         model = create_vit(
             arch, pretrained=weights is None, model_args={"img_size": img_size, "dynamic_img_size": False}
         )
-    except (OSError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
+    except OSError as error:
         raise UserError(
-            f"--teacher_arch {arch}: its weights could not be downloaded ({str(error).splitlines()[0]}). Give a "
-            "local file with --teacher_pretrained_weights (Meta's .pth or timm's .safetensors)."
+            f"--teacher_arch {arch}: its weights could not be found or downloaded ({str(error).partition(chr(10))[0]}). "
+            "Give a local file with --teacher_pretrained_weights (Meta's .pth or timm's .safetensors), or an existing "
+            "local-dir:FOLDER."
         ) from error
     if weights is not None:
         load_weights(model, weights)

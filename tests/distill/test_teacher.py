@@ -1,0 +1,105 @@
+"""The frozen teacher: its tokens, its RoPE table, its fingerprint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch.testing import assert_close
+
+from distill.config import TeacherConfig
+from distill.models import create_vit
+from distill.teacher import FrozenTeacher, load_teacher
+from pipeline.batch import normalise
+from shards.errors import UserError
+
+CPU = torch.device("cpu")
+SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2, "img_size": 32, "dynamic_img_size": False, "init_values": 0.5}
+
+
+def small_teacher(dtype: torch.dtype = torch.float32, **more: object) -> FrozenTeacher:
+    torch.manual_seed(0)
+    model = create_vit("vit_small", patch_size=8, model_args=SMALL)
+    return FrozenTeacher(model, arch="small", img_size=32, dtype=dtype, device=CPU, **more)  # type: ignore[arg-type]
+
+
+def random_crops(count: int, size: int = 32) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(0, 256, (count, size, size, 3), dtype=torch.uint8, generator=generator)
+
+
+def test_targets_are_image_major_final_norm_tokens_without_registers() -> None:
+    teacher, crops = small_teacher(), random_crops(6)
+    targets = teacher(crops)
+    tokens = teacher.model.forward_features(normalise(crops))
+    assert targets.cls.shape == (3, 2, 32)
+    assert targets.patches.shape == (3, 2, 16, 32) == (3, 2, teacher.num_patches(), teacher.embed_dim)
+    for image in range(3):
+        for view in range(2):
+            row = tokens[view * 3 + image]
+            # Batches of 6 and of 6 in the same order: equal to the bit.
+            assert torch.equal(targets.cls[image, view], row[0])
+            assert torch.equal(targets.patches[image, view], row[5:])
+    assert not targets.cls.requires_grad
+
+
+def test_any_timm_vit_with_a_class_token_can_teach() -> None:
+    model = create_vit("vit_tiny_patch16_224", model_args={"img_size": 32})
+    teacher = FrozenTeacher(model, arch="plain", img_size=32, dtype=torch.float32, device=CPU)
+    targets = teacher(random_crops(2))
+    assert targets.patches.shape == (1, 2, 4, 192)
+    assert_close(targets.cls[0, 1], model.forward_features(normalise(random_crops(2)[1:], mean=(0.5,) * 3, std=(0.5,) * 3))[0, 0])
+
+
+def test_crops_of_another_size_are_refused() -> None:
+    with pytest.raises(UserError, match=r"crops of \(48, 48\) pixels, it was made for 32"):
+        small_teacher()(random_crops(2, 48))
+
+
+def test_a_bf16_teacher_keeps_its_rope_table_in_fp32_with_rounded_periods() -> None:
+    exact, half = small_teacher(), small_teacher(torch.bfloat16, round_rope_periods=True)
+    table = half.model.rope.pos_embed_cached
+    assert table.dtype == torch.float32
+    periods = exact.model.rope.periods.bfloat16().float()
+    assert half.fingerprint()["rope_periods"] == periods.tolist()
+    assert exact.fingerprint()["rope_periods"] != periods.tolist()
+    reference = small_teacher(round_rope_periods=True)
+    assert torch.equal(table, reference.model.rope.pos_embed_cached)
+
+
+def test_the_fingerprint_changes_with_every_weight_and_setting() -> None:
+    base = small_teacher().fingerprint()
+    assert small_teacher().fingerprint() == base
+    changed = small_teacher()
+    with torch.no_grad():
+        changed.model.blocks[1].mlp.fc2.bias[3] += 1e-3
+    assert changed.fingerprint()["state_dict_sha256"] != base["state_dict_sha256"]
+    assert small_teacher(torch.bfloat16).fingerprint()["dtype"] == "bfloat16"
+
+
+def test_a_local_file_and_a_named_architecture_make_the_teacher(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    source = create_vit("vit_small", model_args={"init_values": 0.5})
+    save_file(source.state_dict(), tmp_path / "t.safetensors")
+    config = TeacherConfig(teacher_arch="vit_small", teacher_pretrained_weights=str(tmp_path / "t.safetensors"))
+    teacher = load_teacher(config, img_size=32, device=CPU)
+    source.rope.periods.copy_(source.rope.periods.bfloat16().float())
+    expected = source.eval().forward_features(normalise(random_crops(2)))
+    # The same weights and table, the RoPE table cached or not: the same operations in the same order.
+    assert_close(teacher(random_crops(2)).patches[0, 1], expected[1, 5:], rtol=1e-5, atol=1e-5)
+
+
+def test_weights_that_cannot_be_downloaded_name_the_alternative(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    import huggingface_hub.constants as constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="--teacher_pretrained_weights"):
+        load_teacher(TeacherConfig(teacher_arch="vit_small_patch16_dinov3.lvd1689m"), img_size=32, device=CPU)
+
+
+def test_a_missing_local_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="local-dir:.*absent"):
+        load_teacher(TeacherConfig(teacher_arch=f"local-dir:{tmp_path}/absent"), img_size=32, device=CPU)

@@ -59,7 +59,8 @@ class LinearResult:
         top1: percent on val, of the classifier fitted on all of train.
         held_out_top1: percent on the held-out part, of the classifier that was chosen there.
         setting: the chosen lambda or base learning rate.
-        at_grid_edge: the choice is the smallest or the largest offered: the best may lie outside.
+        at_grid_edge: the choice is the smallest or the largest offered and better than the one next to it:
+            the best may lie outside.
         unconverged: how many of the fits, the last one included, reached the iteration limit (L-BFGS).
     """
 
@@ -174,7 +175,7 @@ def _solve_lbfgs(name: str, data: _Data, protocol: LinearProtocol) -> LinearResu
         top1=100 * (predicted == data.val_labels).double().mean().item(),
         held_out_top1=held_out[chosen].item(),
         setting=grid[chosen],
-        at_grid_edge=len(grid) > 1 and chosen in (0, len(grid) - 1),
+        at_grid_edge=_at_edge(held_out, chosen),
         unconverged=int((~fits.converged).sum()) + int((~final.converged).sum()),
     )
 
@@ -206,9 +207,17 @@ def _solve_sgd(name: str, data: _Data, protocol: LinearProtocol) -> LinearResult
         top1=100 * (predicted == data.val_labels).double().mean().item(),
         held_out_top1=held_out[chosen].item(),
         setting=rates[chosen],
-        at_grid_edge=len(rates) > 1 and chosen in (0, len(rates) - 1),
+        at_grid_edge=_at_edge(held_out, chosen),
         unconverged=0,
     )
+
+
+def _at_edge(held_out: Float[Tensor, " p"], chosen: int) -> bool:
+    """Whether accuracy still rises towards the end of the grid where the choice lies."""
+    if len(held_out) == 1 or 0 < chosen < len(held_out) - 1:
+        return False
+    neighbour = 1 if chosen == 0 else chosen - 1
+    return bool(held_out[chosen] > held_out[neighbour])
 
 
 def _standardisation(features: Float[Tensor, "n d"]) -> tuple[Float[Tensor, " d"], Float[Tensor, " d"]]:

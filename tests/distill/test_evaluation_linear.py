@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from distill.evaluation.features import Features, FeatureSet
 from distill.evaluation.lbfgs import fit_logistic
-from distill.evaluation.linear import LbfgsProtocol, LinearProtocol, best_result, linear_probe
+from distill.evaluation.linear import LinearProtocol, LinearResult, best_result, linear_probe
 from distill.evaluation.sgd_probe import SgdProtocol, fit_sgd
 from distill.evaluation.split import held_out_split, subset_rows
 from shards.errors import UserError
@@ -193,15 +193,23 @@ def test_a_val_class_that_train_lacks_counts_as_an_error() -> None:
     assert result.top1 == 50
 
 
-def test_a_choice_at_the_edge_of_the_grid_is_marked() -> None:
-    train, labels = clusters(400, 4, 6, seed=14, spread=2.5)
-    features = as_features(train, labels)
-    protocol = LinearProtocol(lbfgs=LbfgsProtocol(regularisations=(1e3, 1e4)))
-    result = linear_probe(features, features, sets=[FeatureSet(1, False)], protocol=protocol, device="cpu")[0]
-    assert result.at_grid_edge
-    one = LinearProtocol(lbfgs=LbfgsProtocol(regularisations=(1e-2,)))
-    alone = linear_probe(features, features, sets=[FeatureSet(1, False)], protocol=one, device="cpu")[0]
-    assert not alone.at_grid_edge
+def test_a_choice_at_a_rising_edge_of_the_grid_is_marked() -> None:
+    train, labels = clusters(400, 4, 6, seed=14, spread=0.1)
+    features, sets = as_features(train, labels), [FeatureSet(1, False)]
+
+    def probed(protocol: LinearProtocol) -> LinearResult:
+        return linear_probe(features, features, sets=sets, protocol=protocol, device="cpu")[0]
+
+    def sgd(*rates: float) -> LinearProtocol:
+        return LinearProtocol(solver="sgd", sgd=SgdProtocol(learning_rates=rates, steps=200, batch_size=64))
+
+    # A rate of 1e-8 learns nothing: accuracy rises to the last rate offered.
+    rising = probed(sgd(1e-8, 1.0))
+    assert (rising.setting, rising.at_grid_edge) == (1.0, True)
+    assert not probed(sgd(1.0)).at_grid_edge
+    # Separable classes: every strength is perfect, the strongest is taken, and no wider grid could be better.
+    flat = probed(LinearProtocol())
+    assert (flat.setting, flat.held_out_top1, flat.at_grid_edge) == (1.0, 100.0, False)
 
 
 def test_scaling_and_shifting_the_features_leaves_the_lbfgs_probe_alone() -> None:

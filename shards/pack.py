@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ from shards.sources.recognise import SourceOptions, recognise
 from shards.workers import LISTING_FOLDER, RECORDS_FOLDER, PackJob, finish_shards
 
 ROWS_PER_SHARD = 2048
-_REQUEST_FILE = "request.json"
+_REQUEST_FILE, _STAGE_FOLDER = "request.json", "stage"
 _TAR_BYTES_A_ROW = 3584  # three headers, padding, label and description
 
 
@@ -84,13 +84,13 @@ def pack(
     found = recognise(source, options)
     say = print if progress else _say_nothing
     say(f"{source}: {found.kind}")
-    settings = ShardSettings(found.class_names, rows_per_shard, keep_warned, skip_unreadable)
     with explain_disk_errors(output):
         output.mkdir(parents=True, exist_ok=True)
         with only_packer(output / WORK_FOLDER):
-            run = _Run(source, output, found, settings, seed, progress)
-            manifest = run.continue_to_end(workers)
-    say(summary(manifest, output, run.seconds))
+            began = time.monotonic()
+            settings = ShardSettings(found.class_names, rows_per_shard, keep_warned, skip_unreadable)
+            manifest = _Run(source, output, found, settings, seed, progress).continue_to_end(workers)
+    say(summary(manifest, output, time.monotonic() - began))
     return manifest
 
 
@@ -125,46 +125,44 @@ class _Run:
     settings: ShardSettings
     seed: int
     progress: bool
-    seconds: float = 0.0
 
     @property
     def work(self) -> Path:
         return self.output / WORK_FOLDER
 
     def continue_to_end(self, workers: int) -> Manifest:
-        began = time.monotonic()
-        published = (self.output / MANIFEST_NAME).exists()
-        listing = self._list(keep=not published)
-        if published:
-            manifest = self._check_published(listing)
+        """Pack what is not packed yet, publish, and remove the working folder."""
+        if (self.output / MANIFEST_NAME).exists():
+            manifest = self._check_published()
         else:
-            self._check_free_disk(listing)
+            self._stage()
+            listing = self._list()
+            self._check_free_disk(listing.total_bytes + len(listing) * _TAR_BYTES_A_ROW)
             manifest = self._pack(listing, workers)
         shutil.rmtree(self.work)
         sync_folder(self.output)
-        self.seconds = time.monotonic() - began
         return manifest
 
-    def _list(self, *, keep: bool) -> Listing:
+    def _stage(self) -> None:
+        """Have a source that cannot be read image by image write itself out so that it can."""
+        if self.source.stage is None:
+            return
+        total = sum(container.size for container in self.source.containers)
+        self._check_free_disk(2 * total)
+        self.source = self.source.stage(self.work / _STAGE_FOLDER, self.progress)
+        self.settings = replace(self.settings, class_names=self.source.class_names)
+
+    def _list(self) -> Listing:
         """List the source; where packing was begun before, what was listed then must be the same."""
         remove_temporaries(self.output)
         remove_temporaries(self.work)
         (self.work / RECORDS_FOLDER).mkdir(exist_ok=True)
         remove_temporaries(self.work / RECORDS_FOLDER)
         folder, request_path = self.work / LISTING_FOLDER, self.work / _REQUEST_FILE
-        begun = request_path.exists() and keep
         fresh = self.work / "listing.new"
-        items = tqdm(
-            self.source.items(), desc="listing", unit=" images", disable=not self.progress, mininterval=0.5
-        )
-        listing = write_listing(fresh, items, self.seed, str(self.source_path))
-        if self.progress and self.source.ignored:
-            passed_over = ", ".join(f"{reason} ({count})" for reason, count in self.source.ignored.items())
-            print(f"Passed over: {passed_over}")
-        if not keep:
-            return listing
+        listing = self._write_listing(fresh)
         request = self._request()
-        if begun:
+        if request_path.exists():
             self._compare_requests(json.loads(request_path.read_bytes()), request)
             difference = listing.first_difference(Listing(folder))
             if difference is not None:
@@ -172,10 +170,21 @@ class _Run:
                     f"{self.source_path}: changed since this packing began: {difference}. "
                     f"Restore it, or delete {self.output} to begin anew."
                 )
+            return Listing(folder)
         shutil.rmtree(folder, ignore_errors=True)
         fresh.rename(folder)
         write_atomic(request_path, canonical_json(request))
         return Listing(folder)
+
+    def _write_listing(self, folder: Path) -> Listing:
+        items = tqdm(
+            self.source.items(), desc="listing", unit=" images", disable=not self.progress, mininterval=0.5
+        )
+        listing = write_listing(folder, items, self.seed, str(self.source_path))
+        if self.progress and self.source.ignored:
+            passed_over = ", ".join(f"{reason} ({count})" for reason, count in self.source.ignored.items())
+            print(f"Passed over: {passed_over}")
+        return listing
 
     def _request(self) -> dict[str, Any]:
         return {
@@ -193,10 +202,9 @@ class _Run:
                     f"{_short(now.get(name))}. Give the same arguments, or delete the folder to begin anew."
                 )
 
-    def _check_published(self, listing: Listing) -> Manifest:
+    def _check_published(self) -> Manifest:
         """Check that the finished folder is what this call would make, as far as its manifest tells."""
         manifest = load_manifest(self.output)
-        wanted = self._request() | {"content": listing.content_hash()}
         held = {
             "seed": manifest.seed,
             "rows_per_shard": manifest.rows_per_shard,
@@ -204,6 +212,11 @@ class _Run:
             "content": manifest.source["content_sha256"],
             **manifest.policy,
         }
+        wanted = self._request()
+        if self.source.stage is None:
+            wanted["content"] = self._write_listing(self.work / "listing.new").content_hash()
+        else:  # staging again would cost as much as packing: the settings must do
+            del wanted["class_names"]
         differing = [name for name in sorted(wanted) if wanted[name] != held.get(name)]
         if differing:
             shutil.rmtree(self.work)
@@ -215,9 +228,8 @@ class _Run:
         check_files(self.output, manifest)
         return manifest
 
-    def _check_free_disk(self, listing: Listing) -> None:
-        needed = listing.total_bytes + len(listing) * _TAR_BYTES_A_ROW
-        there = sum(path.stat().st_size for path in self.output.glob("shard-*.tar"))
+    def _check_free_disk(self, needed: int) -> None:
+        there = sum(path.stat().st_size for path in self.output.rglob("*") if path.is_file())
         free = shutil.disk_usage(self.output).free
         if free + there < needed:
             raise UserError(

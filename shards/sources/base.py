@@ -61,6 +61,8 @@ class Source:
         containers: where the bytes lie.
         items: starts a new listing.
         ignored: files passed over, by reason; filled while `items()` runs.
+        stage: for a source whose images cannot be read one by one: writes them into a folder, with a bar if
+            asked, and returns the source that can.
     """
 
     kind: str
@@ -68,11 +70,7 @@ class Source:
     containers: tuple[Container, ...]
     items: Callable[[], Iterator[SourceItem]]
     ignored: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def is_folder(self) -> bool:
-        """Whether images are files of their own, which can change one by one."""
-        return all(container.is_folder for container in self.containers)
+    stage: Callable[[Path, bool], Source] | None = None
 
 
 def file_container(path: Path) -> Container:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 from shards.errors import UserError
 from shards.format import UNKNOWN_LABEL
 from shards.sources.base import Container, Source, SourceItem, class_labels, is_image_name
+from shards.sources.labels import LabelList
 
-_SPLIT_NAMES = {"train", "val", "valid", "validation", "test"}
+SPLIT_NAMES = {"train", "val", "valid", "validation", "test"}
 
 
 def class_folders(root: Path, classes: tuple[str, ...] | None) -> Source:
     """Take `root/CLASS/**/IMAGE`: each folder directly in `root` is a class, empty ones too."""
     found = [entry.name for entry in _folders(root)]
-    splits = sorted(name for name in found if name.lower() in _SPLIT_NAMES)
+    splits = sorted(name for name in found if name.lower() in SPLIT_NAMES)
     if splits and set(found) <= {*splits, "devkit"}:
         raise UserError(
             f"{root}: holds the folders {', '.join(splits)}, which are splits, not classes. "
@@ -40,35 +41,39 @@ def class_folders(root: Path, classes: tuple[str, ...] | None) -> Source:
     return Source(kind, names, (Container(str(root.resolve()), 0, 0),), items, ignored)
 
 
-def flat_folder(root: Path, labels: Mapping[str, int] | None, class_names: tuple[str, ...]) -> Source:
+def flat_folder(root: Path, labels: LabelList | None) -> Source:
     """Take the images below `root`, labelled by file name, or unlabelled where `labels` is None."""
     ignored: dict[str, int] = {}
 
     def items() -> Iterator[SourceItem]:
         ignored.clear()
         for item in _walk(str(root), "", UNKNOWN_LABEL, ignored):
-            yield item if labels is None else labelled(item, labels, class_names, root)
+            yield item if labels is None else labelled(item, labels, root)
 
-    kind = "unlabelled images (label -1)" if labels is None else f"one folder, {len(labels)} labels from a list"
-    return Source(kind, class_names, (Container(str(root.resolve()), 0, 0),), items, ignored)
+    names = labels.class_names if labels else ()
+    folder = Container(str(root.resolve()), 0, 0)
+    return Source(f"a folder of images, {labels_in_words(labels)}", names, (folder,), items, ignored)
 
 
-def labelled(
-    item: SourceItem, labels: Mapping[str, int], class_names: tuple[str, ...], where: Path
-) -> SourceItem:
+def labels_in_words(labels: LabelList | None) -> str:
+    """Say where labels come from."""
+    return f"{len(labels.label_of)} labels from a list" if labels else "unlabelled (label -1)"
+
+
+def labelled(item: SourceItem, labels: LabelList, where: Path) -> SourceItem:
     """Give an item its label by file name and the name that it would have in class folders.
 
     Raises:
         UserError: the list has no entry for the file.
     """
     base = item.name.rpartition("/")[2]
-    label = labels.get(base)
+    label = labels.label_of.get(base)
     if label is None:
         raise UserError(
-            f"{where}: {base} has no entry in the list of labels ({len(labels)} entries). "
+            f"{where}: {base} has no entry in the list of labels ({len(labels.label_of)} entries). "
             "Pass the list that belongs to these images, or `--labels none` to pack without labels."
         )
-    return item._replace(name=f"{class_names[label]}/{base}", label=label)
+    return item._replace(name=f"{labels.class_names[label]}/{base}", label=label)
 
 
 def has_images_in_folders(root: Path) -> bool:

@@ -8,9 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from shards.errors import UserError
+from shards.format import load_manifest
+from shards.inspection import ShardFolder, describe_folder, describe_row, write_image, write_sheet
 from shards.pack import ROWS_PER_SHARD, pack
 from shards.sources.labels import load_classes
 from shards.sources.recognise import SourceOptions
+from shards.verify import describe_faults, verify
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,6 +33,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m shards", description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_pack(commands.add_parser("pack", help="pack images into shards, or continue", allow_abbrev=False))
+    _add_verify(commands.add_parser("verify", help="check a folder of shards to the byte", allow_abbrev=False))
+    _add_inspect(commands.add_parser("inspect", help="show a folder, a sample, a sheet", allow_abbrev=False))
     return parser
 
 
@@ -72,6 +77,46 @@ def _pack(options: argparse.Namespace) -> int:
         keep_warned=options.keep_warned,
         skip_unreadable=options.skip_unreadable,
     )
+    return 0
+
+
+def _add_verify(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_verify)
+    parser.add_argument("shards", type=Path, help="folder of shards")
+    _flag(parser, "decode", type=float, default=0.01, help="share of images to decode, 0 to 1 (%(default)s)")
+    _flag(parser, "workers", type=int, help="processes (one a core)")
+
+
+def _verify(options: argparse.Namespace) -> int:
+    faults = verify(options.shards, decode=options.decode, workers=options.workers)
+    for fault in faults:
+        print(fault)
+    print(describe_faults(faults, options.shards, load_manifest(options.shards)))
+    return 1 if faults else 0
+
+
+def _add_inspect(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_inspect)
+    parser.add_argument("shards", type=Path, help="folder of shards")
+    parser.add_argument("row", nargs="?", help="row number, key or original name; without it, a summary")
+    _flag(parser, "output", type=Path, help="where to write the row's image (./KEY.jpg)")
+    _flag(parser, "sheet", type=Path, help="write a contact sheet of rows, from the given one on, to this file")
+    _flag(parser, "number", type=int, default=64, help="images on the sheet (%(default)s)")
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    folder = ShardFolder(options.shards)
+    row = folder.find(options.row) if options.row else 0
+    if options.sheet:
+        rows = range(row, min(row + options.number, len(folder.index)))
+        write_sheet(folder, options.sheet, rows)
+        print(f"{options.sheet}: rows {rows.start} to {rows.stop - 1}")
+    elif options.row:
+        path = options.output or Path(f"{folder.key(row)}.jpg")
+        write_image(folder, row, path)
+        print(f"{describe_row(folder, row)}\nimage: {path}")
+    else:
+        print(describe_folder(folder))
     return 0
 
 

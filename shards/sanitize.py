@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import PIL
 import simplejpeg
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageChops, ImageOps, UnidentifiedImageError
 
 from shards.format import RowFlag
 from shards.jpeg_header import (
@@ -192,7 +192,11 @@ def _decode_by_pillow(data: bytes, header: JpegHeader, factor: int) -> npt.NDArr
     if factor != 1:
         raise ImageRejected(f"too large: {header.width}x{header.height}, and only decodable at full size")
     try:
-        with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
+        with Image.open(io.BytesIO(data), formats=("JPEG",)) as opened:
+            image: Image.Image = opened
+            # Pillow takes every CMYK file for inverted. By Adobe's rule only those with its marker are.
+            if image.mode == "CMYK" and header.adobe_transform is None:
+                image = ImageChops.invert(image)
             pixels = np.asarray(image.convert("RGB"))
     except (OSError, SyntaxError) as error:
         raise ImageRejected(f"damaged JPEG: {error}") from error

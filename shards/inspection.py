@@ -1,0 +1,151 @@
+"""Show what a shard folder holds: a summary, one sample, a contact sheet."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw
+
+from shards.atomic import write_atomic
+from shards.errors import UserError
+from shards.format import Manifest, RowFlag, is_key, load_manifest, name_uid
+from shards.index import ShardIndex, load_index
+from shards.tar_format import BLOCK, padded
+
+_CELL, _CAPTION = 160, 14  # pixels
+
+
+class ShardFolder:
+    """A shard folder, opened for looking at single rows."""
+
+    def __init__(self, shards_dir: Path) -> None:
+        """Open the folder; raises UserError where it is not whole."""
+        self.path = shards_dir
+        self.manifest: Manifest = load_manifest(shards_dir)
+        self.index: ShardIndex = load_index(shards_dir)
+
+    def jpeg(self, row: int) -> bytes:
+        """Return the bytes of a row's JPEG."""
+        return self._read(row, int(self.index.offset[row]), int(self.index.size[row]))
+
+    def key(self, row: int) -> str:
+        """Return the key of a row, from the tar header before its JPEG."""
+        header = self._read(row, int(self.index.offset[row]) - BLOCK, BLOCK)
+        return header[:100].partition(b"\0")[0].decode("ascii", "replace").removesuffix(".jpg")
+
+    def description(self, row: int) -> str:
+        """Return the text of a row's `.json`."""
+        header = int(self.index.offset[row]) + padded(int(self.index.size[row]))
+        size = int(self._read(row, header + 124, 11), 8)
+        return self._read(row, header + BLOCK, size).decode()
+
+    def find(self, wanted: str) -> int:
+        """Return the row of a number, an original relative name or a key.
+
+        Raises:
+            UserError: there is no such row.
+        """
+        if wanted.isdecimal() and str(int(wanted)) == wanted:  # "0012" can only be a key or a name
+            if int(wanted) < len(self.index):
+                return int(wanted)
+            raise UserError(
+                f"{self.path}: row {wanted}, of {len(self.index)} rows. Give one of 0 to {len(self.index) - 1}."
+            )
+        by_name = np.flatnonzero(self.index.uid == np.uint64(name_uid(wanted)))
+        if len(by_name):
+            return int(by_name[0])
+        if is_key(wanted):
+            for row in range(len(self.index)):
+                if self.key(row) == wanted:
+                    return row
+        raise UserError(
+            f"{self.path}: {wanted!r} is neither a key nor an original name among {len(self.index)} rows. "
+            "Give a row number, a key such as n01440764_10026, or a name such as n01440764/n01440764_10026.JPEG."
+        )
+
+    def _read(self, row: int, offset: int, size: int) -> bytes:
+        path = self.path / self.manifest.shards[int(self.index.shard[row])].name
+        with path.open("rb") as file:
+            return os.pread(file.fileno(), size, offset)
+
+
+def describe_folder(folder: ShardFolder) -> str:
+    """Return a summary: rows, classes, sizes, what was changed, what was left out."""
+    manifest, index = folder.manifest, folder.index
+    lines = [
+        f"{folder.path}: {manifest.num_rows} rows, {manifest.num_classes} classes, "
+        f"{len(manifest.shards)} shards of {manifest.rows_per_shard}, seed {manifest.seed}",
+        f"source: {manifest.source['kind']}, {manifest.source['images']} images",
+        "images: " + ", ".join(f"{name} {count}" for name, count in manifest.counts.items()),
+        f"JPEG: {_spread(index.size / 1000, 'kB')}",
+        f"height: {_spread(index.height, 'px')}; width: {_spread(index.width, 'px')}",
+        f"fingerprint: {manifest.fingerprint()}",
+    ]
+    return "\n".join(lines)
+
+
+def _spread(values: npt.NDArray[Any], unit: str) -> str:
+    low, middle, high = np.percentile(values, [0, 50, 100])
+    return f"{low:.0f} to {high:.0f} {unit}, median {middle:.0f}"
+
+
+def describe_row(folder: ShardFolder, row: int) -> str:
+    """Return all that is known of one row."""
+    index = folder.index
+    flags = RowFlag(int(index.flags[row]))
+    label = int(index.label[row])
+    class_name = folder.manifest.class_names[label] if label >= 0 else "unknown"
+    shard = folder.manifest.shards[int(index.shard[row])].name
+    return "\n".join(
+        [
+            f"row {row}: {folder.key(row)}",
+            f"description: {folder.description(row)}",
+            f"label: {label} ({class_name})",
+            f"pixels: {index.width[row]} x {index.height[row]}",
+            f"JPEG: {index.size[row]} bytes at {index.offset[row]} of {shard}, crc32c {index.crc32c[row]:08x}",
+            f"id: {index.uid[row]:016x}",
+            f"flags: {', '.join(str(flag.name).lower() for flag in flags) or 'none'}",
+        ]
+    )
+
+
+def write_image(folder: ShardFolder, row: int, path: Path) -> None:
+    """Write a row's JPEG, byte for byte, to a file."""
+    write_atomic(path, folder.jpeg(row))
+
+
+def write_sheet(folder: ShardFolder, path: Path, rows: Sequence[int]) -> None:
+    """Write a contact sheet of rows, each under its row number and class; the suffix gives the format."""
+    columns = max(1, math.ceil(math.sqrt(len(rows))))
+    height = math.ceil(len(rows) / columns) * (_CELL + _CAPTION)
+    sheet = Image.new("RGB", (columns * _CELL, height), (24, 24, 24))
+    draw = ImageDraw.Draw(sheet)
+    for (left, top), row in zip(_cells(columns), rows, strict=False):
+        with Image.open(io.BytesIO(folder.jpeg(row))) as image:
+            small = image.convert("RGB")
+        small.thumbnail((_CELL - 4, _CELL - 4))
+        sheet.paste(small, (left + (_CELL - small.width) // 2, top + (_CELL - small.height) // 2))
+        label = int(folder.index.label[row])
+        class_name = folder.manifest.class_names[label] if label >= 0 else "unlabelled"
+        caption = f"{row} {class_name}".encode("ascii", "replace").decode()[:26]
+        draw.text((left + 3, top + _CELL), caption, fill=(220, 220, 220))
+    buffer = io.BytesIO()
+    try:
+        sheet.save(buffer, Image.registered_extensions()[path.suffix.lower()])
+    except KeyError as error:
+        raise UserError(f"{path}: no image format for {path.suffix!r}. End the name in .png or .jpg.") from error
+    write_atomic(path, buffer.getvalue())
+
+
+def _cells(columns: int) -> Iterator[tuple[int, int]]:
+    number = 0
+    while True:
+        yield number % columns * _CELL, number // columns * (_CELL + _CAPTION)
+        number += 1

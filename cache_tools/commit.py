@@ -16,13 +16,14 @@ from cache_tools.format import (
     FORMAT_VERSION,
     CacheSpec,
     Paths,
+    cache_lock,
     canonical_json,
+    no_locks,
     read_json,
     sync_folder,
     write_atomic,
 )
 from cache_tools.shard_file import REPAIR, FileRecord
-from shards.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -108,10 +109,7 @@ def shard_lock(paths: Paths, view_set: int, shard: int) -> Iterator[bool]:
             yield False
             return
         except OSError as error:
-            raise UserError(
-                f"{path}: this file system has no file locks ({error.strerror}), so two builds could write one "
-                "shard. Build on another file system and copy the finished cache."
-            ) from error
+            raise no_locks(path, error) from error
         yield True
         if paths.commit(view_set, shard).exists():
             path.unlink(missing_ok=True)
@@ -121,16 +119,17 @@ def shard_lock(paths: Paths, view_set: int, shard: int) -> Iterator[bool]:
 
 def write_manifest(paths: Paths, spec: CacheSpec, fingerprint: dict[str, Any]) -> list[int]:
     """List the finished view sets in manifest.json and return them; derived, so any rank may."""
-    finished = [k for k in paths.view_sets() if len(committed_shards(paths, k, spec)) == spec.num_shards]
-    value = {
-        "format_version": FORMAT_VERSION,
-        "fingerprint": fingerprint_sha256(fingerprint),
-        "shards": spec.num_shards,
-        "rows": spec.num_rows,
-        "bytes_per_view_set": spec.view_set_bytes(),
-        "view_sets": finished,
-    }
-    write_atomic(paths.manifest, canonical_json(value) + b"\n")
+    with cache_lock(paths.root):
+        finished = [k for k in paths.view_sets() if len(committed_shards(paths, k, spec)) == spec.num_shards]
+        value = {
+            "format_version": FORMAT_VERSION,
+            "fingerprint": fingerprint_sha256(fingerprint),
+            "shards": spec.num_shards,
+            "rows": spec.num_rows,
+            "bytes_per_view_set": spec.view_set_bytes(),
+            "view_sets": finished,
+        }
+        write_atomic(paths.manifest, canonical_json(value) + b"\n")
     return finished
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
-import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -171,17 +173,46 @@ def sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
+@contextmanager
+def cache_lock(root: Path) -> Iterator[None]:
+    """Hold the right to write what is not a shard's own: the layout and the manifest. Waits for it."""
+    fd = os.open(root / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        except OSError as error:
+            raise no_locks(root, error) from error
+        yield
+    finally:
+        os.close(fd)
+
+
+def no_locks(path: Path, error: OSError) -> UserError:
+    """Return what to tell where files cannot be locked."""
+    return UserError(
+        f"{path}: this file system has no file locks ({error.strerror}), so two builds could write one shard. Build "
+        "on another file system and copy the finished cache."
+    )
+
+
 def write_atomic(path: Path, data: bytes) -> None:
-    """Put a small file in place: temporary name in the same folder, fsync, rename, fsync of the folder."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    """Put a small file in place: temporary name in the same folder, fsync, rename, fsync of the folder.
+
+    The caller holds the lock that covers `path`, so the temporary name is fixed and a killed writer's is overwritten.
+    """
+    temporary = path.with_name(f".{path.name}.partial")
     try:
         with temporary.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    finally:
+    except OSError as error:
         temporary.unlink(missing_ok=True)
+        raise UserError(
+            f"{path}: writing {len(data)} bytes failed: {error.strerror} (errno {error.errno}). What was committed "
+            "before is kept. Free some space, or mend the disk, and run the same build again."
+        ) from error
     sync_folder(path.parent)
 
 
@@ -264,16 +295,13 @@ def read_attributes(root: Path) -> dict[str, Any]:
 
 
 def create_group(root: Path, attributes: dict[str, Any], codec_arrays: dict[str, np.ndarray[Any, Any]]) -> None:
-    """Write data.zarr with its attributes and the codec's arrays; does nothing where one exists already.
-
-    It is made under a temporary name and renamed whole, so other ranks see all of it or nothing.
-    """
+    """Write data.zarr with its attributes and the codec's arrays; does nothing where one exists already."""
     import zarr
     from zarr.codecs import Crc32cCodec
 
-    root.mkdir(parents=True, exist_ok=True)
-    temporary = root / f".data.zarr.{uuid.uuid4().hex}.partial"
-    try:
+    with _published(root, Paths(root).data) as temporary:
+        if temporary is None:
+            return
         group = zarr.create_group(store=temporary, attributes={ATTRIBUTE: attributes})
         codec = group.create_group("codec")
         for name, values in codec_arrays.items():
@@ -281,9 +309,6 @@ def create_group(root: Path, attributes: dict[str, Any], codec_arrays: dict[str,
                 name, shape=values.shape, dtype=values.dtype, chunks=values.shape, compressors=Crc32cCodec()
             )
             array[:] = values
-        _publish(temporary, Paths(root).data)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def create_view_set(root: Path, view_set: int, spec: CacheSpec) -> None:
@@ -291,8 +316,9 @@ def create_view_set(root: Path, view_set: int, spec: CacheSpec) -> None:
     import zarr
     from zarr.codecs import Crc32cCodec
 
-    temporary = root / f".v{view_set}.{uuid.uuid4().hex}.partial"
-    try:
+    with _published(root, Paths(root).view(view_set)) as temporary:
+        if temporary is None:
+            return
         group = zarr.create_group(store=temporary)
         for array in spec.arrays():
             whole = (1, spec.capacity, *array.tail)
@@ -309,27 +335,29 @@ def create_view_set(root: Path, view_set: int, spec: CacheSpec) -> None:
             foreign = foreign_fields(temporary / array.name, array, spec)
             if foreign:
                 raise UserError(
-                    f"{array.name}: zarr {zarr.__version__} writes {', '.join(foreign)} in another way than "
-                    "the cache's layout. Install the version in requirements.lock."
+                    f"{array.name}: zarr {zarr.__version__} writes {', '.join(foreign)} in another way than the "
+                    "cache's layout. Install the version in requirements.lock."
                 )
-        _publish(temporary, Paths(root).view(view_set))
-    finally:
+
+
+@contextmanager
+def _published(root: Path, final: Path) -> Iterator[Path | None]:
+    """Yield a temporary folder that becomes `final` durably and as a whole; None where `final` is there."""
+    root.mkdir(parents=True, exist_ok=True)
+    with cache_lock(root):
+        if (final / "zarr.json").exists():
+            yield None
+            return
+        temporary = root / f".{final.name}.partial"
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _publish(temporary: Path, final: Path) -> None:
-    """Make a tree durable and rename it; a tree that is already there wins."""
-    for folder, _, files in os.walk(temporary):
-        for name in files:
-            fd = os.open(Path(folder) / name, os.O_RDONLY)
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
-        sync_folder(Path(folder))
-    try:
+        yield temporary
+        for folder, _, files in os.walk(temporary):
+            for name in files:
+                fd = os.open(Path(folder) / name, os.O_RDONLY)
+                try:
+                    os.fsync(fd)
+                finally:
+                    os.close(fd)
+            sync_folder(Path(folder))
         temporary.rename(final)
-    except OSError:
-        if not (final / "zarr.json").exists():
-            raise
-    sync_folder(final.parent)
+        sync_folder(final.parent)

@@ -88,17 +88,18 @@ class DirectSource:
         check: bool,
     ) -> None:
         """See `RowSource`."""
-        self._open(array, shard).read(rows, out, slots, check=check)
+        self.open(array, shard).read(rows, out, slots, check=check)
 
     def advise(self, array: ArrayLayout, shard: int, rows: npt.NDArray[np.int64]) -> None:
         """See `RowSource`."""
-        self._open(array, shard).advise(rows)
+        self.open(array, shard).advise(rows)
 
     def close(self) -> None:
         """See `RowSource`."""
         self._files.close()
 
-    def _open(self, array: ArrayLayout, shard: int) -> ShardFile:
+    def open(self, array: ArrayLayout, shard: int) -> ShardFile:
+        """Return one array's open file, checked against its record."""
         return self._files.get(
             self.paths.chunk(self.view_set, array, shard),
             array,
@@ -162,7 +163,9 @@ class ZarrSource:
         return np.ascontiguousarray(values).reshape(-1).view(np.uint8)
 
 
-def open_source(paths: Paths, view_set: int, spec: CacheSpec, commits: list[Commit]) -> RowSource:
+def open_source(
+    paths: Paths, view_set: int, spec: CacheSpec, commits: list[Commit], *, check_sizes: bool = True
+) -> RowSource:
     """Return the direct reader where every array has exactly our layout; else zarr-python, with a warning."""
     foreign: list[str] = []
     for array in spec.arrays():
@@ -176,7 +179,8 @@ def open_source(paths: Paths, view_set: int, spec: CacheSpec, commits: list[Comm
         foreign += [f"{array.name}.{field}" for field in fields]
     if not foreign:
         source = DirectSource(paths, view_set, spec, commits)
-        source.check_sizes()
+        if check_sizes:
+            source.check_sizes()
         return source
     warnings.warn(
         f"{paths.view(view_set)}: {', '.join(foreign)} differ from the layout that is read directly. Rows are "

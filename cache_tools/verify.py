@@ -1,0 +1,246 @@
+"""Is a cache what it says: its files, its rows, its ids, its teacher; and the removal of shards that are not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cache_tools.build import Teacher
+from cache_tools.calibration import load_calibration
+from cache_tools.commit import Commit, committed_shards, drop_commit, read_commit, shard_lock, write_manifest
+from cache_tools.errors import CacheCorrupt
+from cache_tools.fingerprint import fingerprint_sha256
+from cache_tools.format import CacheSpec, Paths, read_attributes
+from cache_tools.join import unpack_ids
+from cache_tools.read import TeacherCache
+from cache_tools.shard_file import REPAIR, FileRecord, partial_path
+from cache_tools.source import DirectSource, RowSource, open_source
+from cache_tools.write import ReadCrops
+from shards.errors import UserError
+from shards.index import ShardIndex
+
+# A cached token against the same teacher run again. int8 alone leaves 0.9999; bf16 in batches of other shapes costs up
+# to 1e-3 on single tokens. Another teacher, seed or view set is far below.
+LEAST_MEAN_COSINE = 0.998
+LEAST_COSINE_P1 = 0.98
+
+
+@dataclass(frozen=True)
+class Damage:
+    """A committed shard that is not what was committed."""
+
+    view_set: int
+    shard: int
+    message: str
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What a verification found.
+
+    Attributes:
+        shards: committed shards looked at, over all view sets.
+        rows: rows in them.
+        missing: number of uncommitted shards of each unfinished view set.
+        damages: what is wrong.
+    """
+
+    shards: int
+    rows: int
+    missing: dict[int, int]
+    damages: tuple[Damage, ...]
+
+
+@dataclass(frozen=True)
+class TeacherAgreement:
+    """Cached tokens against the teacher run again.
+
+    Attributes:
+        rows: images compared.
+        mean_cosine: over patch tokens, channels standardised.
+        cosine_p1: its first percentile.
+        share_within_bound: share of patch values within the codec's bound; 1 for a teacher exact to the bit.
+    """
+
+    rows: int
+    mean_cosine: float
+    cosine_p1: float
+    share_within_bound: float
+
+
+def verify_cache(
+    root: Path,
+    *,
+    deep: bool = False,
+    index: ShardIndex | None = None,
+    looked_at: Callable[[int], None] = lambda rows: None,
+) -> VerifyReport:
+    """Check every committed shard of every view set; damage is collected, not raised.
+
+    Args:
+        root: the cache.
+        deep: read every byte; else sizes, indices, first rows, ids, checksums and crops.
+        index: of the shards, to compare ids and image checksums with.
+        looked_at: called with the rows of each shard.
+
+    Raises:
+        CacheIncomplete, CacheMismatch, CacheCorrupt: it has no readable attributes or calibration at all.
+    """
+    attributes = read_attributes(root)
+    spec, fingerprint = CacheSpec.from_json(attributes["spec"]), attributes["fingerprint"]
+    load_calibration(root, spec, fingerprint)
+    paths, digest = Paths(root), fingerprint_sha256(fingerprint)
+    damages: list[Damage] = []
+    missing: dict[int, int] = {}
+    shards = rows = 0
+    for k in paths.view_sets():
+        done = committed_shards(paths, k, spec)
+        if len(done) < spec.num_shards:
+            missing[k] = spec.num_shards - len(done)
+        for shard in done:
+            try:
+                _verify_shard(paths, spec, k, shard, digest, deep=deep, index=index)
+            except UserError as error:
+                damages.append(Damage(k, shard, str(error)))
+            shards += 1
+            rows += spec.shard_rows[shard]
+            looked_at(spec.shard_rows[shard])
+    return VerifyReport(shards, rows, missing, tuple(damages))
+
+
+def _verify_shard(
+    paths: Paths, spec: CacheSpec, view_set: int, shard: int, digest: str, *, deep: bool, index: ShardIndex | None
+) -> None:
+    commit = read_commit(paths, view_set, shard, spec, digest)
+    # The reader takes one record a shard; only this one is looked at.
+    others = [Commit(k, rows, digest, {}) for k, rows in enumerate(spec.shard_rows)]
+    others[shard] = commit
+    source = open_source(paths, view_set, spec, others, check_sizes=False)
+    try:
+        for array in spec.arrays():
+            if not array.per_row:
+                source.read_whole(array, shard)
+            elif isinstance(source, DirectSource):
+                file = source.open(array, shard)
+                if deep:
+                    _check_content(file.content_crc32c(), commit.files[array.name], str(file.path))
+            elif deep:
+                _read_all_rows(source, spec, shard)
+        if index is not None:
+            _check_identity(source, spec, view_set, shard, index, where=str(paths.view(view_set)))
+    finally:
+        source.close()
+
+
+def _check_content(found: int, record: FileRecord, where: str) -> None:
+    if found != record.crc32c:
+        raise CacheCorrupt(
+            f"{where}: its rows have crc32c {found:08x}, {record.crc32c:08x} was committed, though each row fits its "
+            f"own checksum: rows of another shard or another build. {REPAIR}"
+        )
+
+
+def _read_all_rows(source: RowSource, spec: CacheSpec, shard: int) -> None:
+    for array in spec.arrays():
+        if array.per_row:
+            out = np.empty((1, array.row_bytes), np.uint8)
+            for row in range(spec.shard_rows[shard]):
+                source.read(array, shard, np.array([row]), out, np.array([0]), check=True)
+
+
+def _check_identity(
+    source: RowSource, spec: CacheSpec, view_set: int, shard: int, index: ShardIndex, *, where: str
+) -> None:
+    arrays = {array.name: array for array in spec.arrays()}
+    start = sum(spec.shard_rows[:shard])
+    part = slice(start, start + spec.shard_rows[shard])
+    if len(index) != spec.num_rows:
+        raise CacheCorrupt(f"{where}: {spec.num_rows} rows, the shards hold {len(index)}. Give the cache's own shards.")
+    for name, found, expected in (
+        ("id", unpack_ids(source.read_whole(arrays["id"], shard)), index.uid[part]),
+        ("image checksum", source.read_whole(arrays["img_crc"], shard).view("<u4")[:, 0], index.crc32c[part]),
+    ):
+        differ = np.flatnonzero(found != expected)
+        if len(differ):
+            row = int(differ[0])
+            raise CacheCorrupt(
+                f"{where}: shard {shard}, row {row}: {name} {int(found[row]):x}, the shards say "
+                f"{int(expected[row]):x}; {len(differ)} rows differ. The cache belongs to other shards, or these "
+                "changed. Build a cache of these shards in an empty folder."
+            )
+
+
+def verify_against_teacher(
+    cache: TeacherCache, teacher: Teacher, read_crops: ReadCrops, *, rows: int, seed: int, device: torch.device
+) -> TeacherAgreement:
+    """Run the teacher again on rows drawn from all open view sets, and compare.
+
+    Raises:
+        CacheStale: the reader's crops are not those of the cache.
+        CacheCorrupt: the tokens disagree by more than the codec and bf16 explain.
+    """
+    generator = np.random.default_rng(seed)
+    cosines, within = [], []
+    per_view = -(-rows // len(cache.view_sets))
+    for k in cache.view_sets:
+        chosen = np.sort(generator.choice(cache.num_rows, min(per_view, cache.num_rows), replace=False))
+        for batch in read_crops(chosen.astype(np.int64), k):
+            live = teacher(batch.crops.to(device), num_crops=cache.spec.num_crops).patches.double().cpu()
+            cached = cache.fetch(batch).patches.double()
+            mean, std = (0.0, 1.0) if cache.calibration is None else cache.calibration.tensors()
+            left, right = ((tokens - mean) / std for tokens in (live, cached))
+            cosines.append(torch.nn.functional.cosine_similarity(left, right, dim=-1).flatten())
+            within.append(((live - cached).abs() <= cache.bound(batch).patches).double().mean())
+    cosine = torch.cat(cosines)
+    agreement = TeacherAgreement(
+        rows=per_view * len(cache.view_sets),
+        mean_cosine=float(cosine.mean()),
+        cosine_p1=float(cosine.kthvalue(max(1, len(cosine) // 100)).values),
+        share_within_bound=float(torch.stack(within).mean()),
+    )
+    if agreement.mean_cosine < LEAST_MEAN_COSINE or agreement.cosine_p1 < LEAST_COSINE_P1:
+        raise CacheCorrupt(
+            f"{cache.path}: the teacher run again on {agreement.rows} images gives other tokens: mean cosine "
+            f"{agreement.mean_cosine:.5f} (at least {LEAST_MEAN_COSINE}), 1st percentile {agreement.cosine_p1:.5f} "
+            f"(at least {LEAST_COSINE_P1}). Other weights or another decoder than the cache's. Check them "
+            "(`inspect` shows its fingerprint), or build again."
+        )
+    return agreement
+
+
+def repair_cache(root: Path) -> tuple[Damage, ...]:
+    """Drop every shard that a deep verification finds damaged, so that a build writes it again; return them."""
+    attributes = read_attributes(root)
+    spec, paths = CacheSpec.from_json(attributes["spec"]), Paths(root)
+    damages = verify_cache(root, deep=True).damages
+    for damage in damages:
+        with shard_lock(paths, damage.view_set, damage.shard) as ours:
+            if not ours:
+                raise UserError(
+                    f"{root}: shard {damage.shard} of view set {damage.view_set} is being written by another "
+                    "process. Wait for it, then repair again."
+                )
+            drop_commit(paths, damage.view_set, damage.shard)
+    for leftover in _unrecorded(paths, spec):
+        leftover.unlink()
+    if damages:
+        write_manifest(paths, spec, attributes["fingerprint"])
+    return damages
+
+
+def _unrecorded(paths: Paths, spec: CacheSpec) -> Iterator[Path]:
+    """Chunk files of shards without a record, and what stopped builds left half written."""
+    for k in paths.view_sets():
+        done = set(committed_shards(paths, k, spec))
+        for shard in range(spec.num_shards):
+            if shard in done:
+                continue
+            with shard_lock(paths, k, shard) as ours:
+                if ours:
+                    for array in spec.arrays():
+                        chunk = paths.chunk(k, array, shard)
+                        yield from (p for p in (chunk, partial_path(chunk)) if p.exists())

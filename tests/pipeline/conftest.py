@@ -5,9 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageDraw
 
 from pipeline.augmentation import Augmentation
+from pipeline.backend import BackendOptions, CropRequest, open_backend
+from pipeline.plan import crop_plan
 from pipeline.source import ShardSource
 from shards.pack import pack
 
@@ -75,3 +78,44 @@ def source(shards):
 def small():
     """An augmentation with few and small crops, for tests of everything but pixels."""
     return Augmentation(num_local_crops=2, global_crops_size=48, local_crops_size=24, patch_size=8, mask_patch_size=16)
+
+
+@pytest.fixture(params=["cpu", "torch", "dali"])
+def backend(request):
+    """Each crop backend by name; DALI's is skipped where it is not installed."""
+    if request.param == "dali":
+        pytest.importorskip("nvidia.dali", reason="needs DALI: pip install nvidia-dali-cuda130")
+    return request.param
+
+
+@pytest.fixture
+def make_crops(source):
+    """Crop rows with a backend, in batches, and return what it made sample by sample."""
+
+    def crop(backend, rows, work, *, augmentation=None, plan=None, threads=1, batch_size=16, seed=3):
+        rows = np.asarray(rows)
+        options = BackendOptions(torch.device("cpu"), threads, batch_size)
+        opened = open_backend(backend, work, options)
+        made = {"global_crops": [], "local_crops": [], "clean_crops": []}
+        try:
+            for start in range(0, len(rows), batch_size):
+                part = rows[start : start + batch_size]
+                sizes = source.sizes(part)
+                drawn = (
+                    plan.take(np.arange(start, start + len(part)))
+                    if plan
+                    else crop_plan(
+                        source.index.uid[part], sizes, view_set=1, epoch=2, seed=seed, augmentation=augmentation
+                    )
+                )
+                opened.submit(CropRequest(source.jpegs(part), sizes, drawn))
+                crops = opened.collect()
+                for name, parts in made.items():
+                    tensor = getattr(crops, name)
+                    if tensor is not None and len(tensor):
+                        parts.append(tensor.unflatten(0, (-1, len(part))).transpose(0, 1))
+        finally:
+            opened.close()
+        return {name: torch.cat(parts).numpy() for name, parts in made.items() if parts}
+
+    return crop

@@ -1,0 +1,201 @@
+"""The three backends make the same crops, over the whole chain, on natural-like images."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.augmentation import preset
+from pipeline.backend import training_work
+from pipeline.cpu_crops import distort as cpu_distort
+from pipeline.plan import CropPlan, crop_plan
+from pipeline.torch_crops import cubic_taps, resample
+from pipeline.torch_crops import distort as torch_distort
+
+# Units of 1/255. Torch computes what DALI computes in another order of float32 sums: a sum that lies at a
+# rounding edge differs by one, and each of the three later stages (colour gain up to 1.96, blur, solarize) can
+# carry or add one; hence 4 at most. How often a sum lies that near an edge gives the mean.
+TORCH_MEAN, TORCH_MAX = 0.02, 4
+# Pillow rounds to uint8 between its two passes and to 8-bit weights: an error of about half a unit on
+# half of the pixels. It renormalises at the image's edge where DALI clamps, so no maximum is given.
+CPU_MEAN = 0.25
+# cv2 takes coefficients of 10 fractional bits: three errors of at most 255 / 2048, less than half a unit,
+# so at most one rounding goes the other way, for a share of pixels of the order of the mean error.
+COLOUR_MAX, COLOUR_SHARE = 1, 0.1
+# cv2 rounds the nine taps to 1/256: their errors sum to at most 9 * 0.5 / 256 and act on differences of at most
+# 127 from the mean, 2.2 for each of two passes, of which the signs rarely agree; 3 leaves room for one in ten.
+BLUR_MAX = 3
+
+WHOLE_CHAIN = replace(preset("dino"), solarize_prob_global=(0.5, 0.5), blur_prob_global=(0.5, 0.5))
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return np.arange(24)
+
+
+@pytest.fixture
+def dali_crops(make_crops, rows):
+    pytest.importorskip("nvidia.dali", reason="needs DALI: pip install nvidia-dali-cuda130")
+    work = training_work(WHOLE_CHAIN, teacher_crops=True)
+    return make_crops("dali", rows, work, augmentation=WHOLE_CHAIN)
+
+
+@pytest.mark.parametrize(("other", "mean", "most"), [("torch", TORCH_MEAN, TORCH_MAX), ("cpu", CPU_MEAN, 255)])
+def test_backends_equal_dali_over_the_whole_chain(dali_crops, make_crops, rows, other, mean, most):
+    crops = make_crops(other, rows, training_work(WHOLE_CHAIN, teacher_crops=True), augmentation=WHOLE_CHAIN)
+    assert set(crops) == set(dali_crops) == {"global_crops", "local_crops", "clean_crops"}
+    for name, ours in crops.items():
+        theirs = dali_crops[name]
+        assert ours.shape == theirs.shape
+        assert theirs.std() > 20  # images, not blanks
+        distance = np.abs(ours.astype(int) - theirs.astype(int))
+        assert distance.mean() <= mean, name
+        assert distance.max() <= most, name
+
+
+def test_torch_equals_the_cpu_backend_where_there_is_no_dali(make_crops, rows):
+    work = training_work(WHOLE_CHAIN, teacher_crops=True)
+    ours = make_crops("torch", rows[:12], work, augmentation=WHOLE_CHAIN)
+    theirs = make_crops("cpu", rows[:12], work, augmentation=WHOLE_CHAIN)
+    for name in ours:
+        assert np.abs(ours[name].astype(int) - theirs[name].astype(int)).mean() <= CPU_MEAN
+
+
+def _keys(x, a=-0.5):
+    x = abs(x)
+    if x < 1:
+        return (a + 2) * x**3 - (a + 3) * x**2 + 1
+    return a * x**3 - 5 * a * x**2 + 8 * a * x - 4 * a if x < 2 else 0.0
+
+
+def _reference_axis(image, start, end, size):
+    """Resize the first axis pixel by pixel, in float64, as the kernel's definition says."""
+    scale = (end - start) / size
+    width = max(1.0, abs(scale))
+    out = np.empty((size, *image.shape[1:]))
+    for i in range(size):
+        centre = start + (i + 0.5) * scale
+        pixels = range(int(np.floor(centre - 2 * width)) - 1, int(np.ceil(centre + 2 * width)) + 2)
+        weights = np.array([_keys((p + 0.5 - centre) / width) for p in pixels])
+        inside = np.clip(pixels, 0, len(image) - 1)
+        out[i] = np.tensordot(weights / weights.sum(), image[inside], 1)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("shape", "box"),
+    [
+        ((37, 53), (3, 5, 30, 41)), ((37, 53), (0, 0, 37, 53)), ((9, 7), (2, 1, 4, 5)), ((1, 1), (0, 0, 1, 1)),
+        ((120, 80), (100, 60, 20, 20)),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("flip", [False, True])
+def test_torch_resize_equals_the_definition_of_the_kernel(shape, box, flip):
+    image = np.random.default_rng(0).integers(0, 256, (*shape, 3)).astype(np.float64)
+    top, left, height, width = box
+    ends = (left + width, left) if flip else (left, left + width)
+    expected = _reference_axis(image, top, top + height, 16)
+    expected = _reference_axis(expected.swapaxes(0, 1), *ends, 16).swapaxes(0, 1)
+    taps = [
+        tuple(torch.from_numpy(part) for part in cubic_taps(*(np.array([x]) for x in (start, end, length)), 16))
+        for start, end, length in [(top, top + height, shape[0]), (*ends, shape[1])]
+    ]
+    crop = resample(torch.from_numpy(image).float()[None], torch.zeros(1, dtype=torch.int64), *taps)[0].numpy()
+    clamped = np.clip(expected, 0, 255)
+    # Half a unit from rounding, and float32 sums of a few dozen terms up to 255.
+    assert np.abs(crop - clamped).max() <= 0.5 + 1e-3
+
+
+def _both_distorted(source, a):
+    """The same 40 random textures on a slope, distorted by cv2 and by torch with one plan; int arrays."""
+    uids = source.index.uid[:40]
+    plan = crop_plan(uids, source.sizes(np.arange(40)), view_set=0, epoch=0, seed=5, augmentation=a)
+    crops = np.random.default_rng(1).integers(0, 64, (40, 32, 32, 3)) + np.linspace(20, 180, 32)[:, None]
+    crops = crops.astype(np.uint8)
+    parameters = [torch.from_numpy(p[:, 0].copy()) for p in (plan.colour, plan.blur_sigma, plan.solarize)]
+    theirs = torch_distort(torch.from_numpy(crops), *parameters).numpy()
+    ours = np.stack(
+        [
+            cpu_distort(crop, plan.colour[i, 0], float(plan.blur_sigma[i, 0]), bool(plan.solarize[i, 0]))
+            for i, crop in enumerate(crops)
+        ]
+    )
+    assert not np.array_equal(ours, crops)
+    return ours.astype(int), theirs.astype(int)
+
+
+def _only(**changes):
+    off = replace(
+        WHOLE_CHAIN, num_local_crops=0, jitter_prob=0.0, gray_prob=0.0, blur_prob_global=(0.0, 0.0),
+        solarize_prob_global=(0.0, 0.0),
+    )  # fmt: skip
+    return replace(off, **changes)
+
+
+def test_cpu_colour_equals_torchs_within_a_rounding(source):
+    ours, theirs = _both_distorted(source, _only(jitter_prob=1.0, gray_prob=0.2))
+    assert np.abs(ours - theirs).max() <= COLOUR_MAX
+    assert (ours != theirs).mean() < COLOUR_SHARE
+
+
+def test_cpu_blur_equals_torchs_within_its_fixed_point(source):
+    ours, theirs = _both_distorted(source, _only(blur_prob_global=(1.0, 1.0)))
+    assert np.abs(ours - theirs).max() <= BLUR_MAX
+    assert np.abs(ours - theirs).mean() < 0.25
+
+
+def test_cpu_solarize_equals_torchs(source):
+    ours, theirs = _both_distorted(source, _only(solarize_prob_global=(1.0, 1.0)))
+    assert np.array_equal(ours, theirs)
+    assert ours.max() == 127
+
+
+def _whole_image_plan(sizes, *, flip=False):
+    n = len(sizes)
+    boxes = np.concatenate([np.zeros((n, 2)), sizes], 1).astype(np.int32)[:, None]
+    colour = np.tile(np.eye(3, 4, dtype=np.float32), (n, 1, 1, 1))
+    return CropPlan(boxes, np.full((n, 1), flip), colour, np.zeros((n, 1), np.float32), np.zeros((n, 1), bool))
+
+
+def test_a_crop_of_the_whole_image_at_its_size_is_the_image(source, backend, make_crops):
+    simplejpeg = pytest.importorskip("simplejpeg")
+    rows = np.flatnonzero((source.index.height == 224) & (source.index.width == 224))
+    assert len(rows) > 2
+    a = replace(
+        preset("dino"), num_global_crops=1, num_local_crops=0, blur_prob_global=(1.0,), solarize_prob_global=(1.0,)
+    )
+    work = training_work(a, teacher_crops=True)
+    plan = _whole_image_plan(source.sizes(rows))
+    mirrored = _whole_image_plan(source.sizes(rows), flip=True)
+    crops = make_crops(backend, rows, work, plan=plan)
+    flipped = make_crops(backend, rows, work, plan=mirrored)
+    for i, row in enumerate(rows):
+        image = simplejpeg.decode_jpeg(source.jpeg(int(row)))
+        for name in ("clean_crops", "global_crops"):
+            assert np.array_equal(crops[name][i, 0], image)
+            assert np.array_equal(flipped[name][i, 0], image[:, ::-1])
+
+
+def test_crops_do_not_depend_on_order_batch_size_threads_or_a_partial_batch(backend, make_crops):
+    a = preset("dino")
+    work = training_work(a, teacher_crops=True)
+    rows = np.arange(18)
+    order = np.random.default_rng(0).permutation(18)
+    base = make_crops(backend, rows, work, augmentation=a, batch_size=18)
+    other = make_crops(backend, rows[order], work, augmentation=a, batch_size=7, threads=2)
+    for name, crops in base.items():
+        assert np.array_equal(crops[order], other[name]), name
+
+
+def test_clean_crops_are_the_global_crops_before_photometrics(backend, make_crops):
+    plain = replace(
+        preset("dino"), jitter_prob=0.0, gray_prob=0.0, blur_prob_global=(0.0, 0.0), solarize_prob_global=(0.0, 0.0)
+    )
+    crops = make_crops(backend, np.arange(6), training_work(plain, teacher_crops=True), augmentation=plain)
+    assert np.array_equal(crops["clean_crops"], crops["global_crops"])
+    a = preset("dino")
+    distorted = make_crops(backend, np.arange(6), training_work(a, teacher_crops=True), augmentation=a)
+    assert np.array_equal(distorted["clean_crops"], crops["clean_crops"])
+    assert not np.array_equal(distorted["clean_crops"], distorted["global_crops"])

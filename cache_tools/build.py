@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
+import functools
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -19,25 +20,29 @@ from tqdm import tqdm
 from cache_tools.calibration import ChannelMoments, calibration_sha256, load_calibration
 from cache_tools.codec import Calibration, EncodedRows, encode
 from cache_tools.commit import committed_shards, write_manifest
+from cache_tools.cost import check_disk
 from cache_tools.errors import CacheMismatch
-from cache_tools.fingerprint import Json, check_fingerprint, fingerprint_sha256
+from cache_tools.fingerprint import Json, check_fingerprint, fingerprint_sha256, run_fingerprint
 from cache_tools.format import (
     FORMAT_VERSION,
     CacheSpec,
+    CodecName,
     Paths,
     create_group,
     create_view_set,
     read_attributes,
 )
 from cache_tools.quality import measure_codec
-from cache_tools.write import CropGroup, ReadCrops, ViewSetBuild, group_sizes, regroup
+from cache_tools.write import CropGroup, ReadCrops, TeacherCrops, ViewSetBuild, group_sizes, regroup
 from distill.targets import TeacherTargets
+from pipeline.augmentation import Augmentation
+from pipeline.backend import choose_backend
+from pipeline.readers import read_teacher_crops
 from shards.errors import UserError
+from shards.format import load_manifest
 
 DEFAULT_CALIBRATION_ROWS = 2048
 QUALITY_CROPS = 32
-# File system metadata, commit records and what else grows beside the data.
-SPARE_BYTES = 64 << 20
 WAIT_SECONDS = 3600.0
 
 
@@ -92,62 +97,6 @@ class BuildReport:
     rows_written: int
     seconds: float
     finished: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class CacheCost:
-    """Bytes a cache takes.
-
-    Attributes:
-        bytes_per_image: of one view set.
-        total: of all view sets.
-        remaining: still to be written.
-        free: on the disk.
-    """
-
-    bytes_per_image: float
-    total: int
-    remaining: int
-    free: int
-
-    def describe(self, view_sets: int, rows: int) -> str:
-        """Return one line for the user."""
-        return (
-            f"{rows:,} images x {view_sets} view set(s) x {self.bytes_per_image / 1e3:.1f} kB = "
-            f"{self.total / 1e9:.3f} GB; {self.remaining / 1e9:.3f} GB to write, {self.free / 1e9:.1f} GB free"
-        )
-
-
-def cache_cost(root: Path, spec: CacheSpec, view_sets: int) -> CacheCost:
-    """Return what a cache takes, what of it is not yet committed, and the free space where it will lie."""
-    place = root
-    while not place.exists():
-        place = place.parent
-    total = spec.view_set_bytes() * view_sets
-    done = sum(
-        array.file_bytes(spec.shard_rows[shard], spec.capacity)
-        for k in range(view_sets)
-        for shard in committed_shards(Paths(root), k, spec)
-        for array in spec.arrays()
-    )
-    return CacheCost(
-        bytes_per_image=spec.view_set_bytes() / spec.num_rows,
-        total=total,
-        remaining=total - done,
-        free=shutil.disk_usage(place).free,
-    )
-
-
-def check_disk(root: Path, spec: CacheSpec, view_sets: int) -> CacheCost:
-    """Return the cost; UserError where the disk is too small for what is left to write."""
-    cost = cache_cost(root, spec, view_sets)
-    if cost.remaining and cost.remaining + SPARE_BYTES > cost.free:
-        raise UserError(
-            f"{root}: the disk is too small. {cost.describe(view_sets, spec.num_rows)}. Free "
-            f"{(cost.remaining + SPARE_BYTES - cost.free) / 1e9:.2f} GB, choose another folder, or build fewer "
-            "view sets."
-        )
-    return cost
 
 
 def run_build(
@@ -303,3 +252,99 @@ def _progress_bar(name: str, rows: int, *, shown: bool) -> Iterator[Any]:
     interval = 0.5 if sys.stderr.isatty() else 30.0
     with tqdm(total=rows, desc=name, unit="images", disable=not shown, mininterval=interval) as bar:
         yield bar
+
+
+def decoder_name(backend: str, device: torch.device) -> str:
+    """Return what turns JPEG bytes into crops, as the fingerprint has it: the backend taken, and where it runs."""
+    return f"{choose_backend(backend, device)[0]}-{device.type}"
+
+
+def build_cache(
+    shards: str | Path,
+    cache: str | Path,
+    *,
+    teacher: Teacher,
+    augmentation: Augmentation,
+    seed: int,
+    view_sets: int = 1,
+    codec: CodecName = "int8",
+    batch_size: int = 64,
+    device: torch.device | str = "cpu",
+    backend: str = "auto",
+    num_threads: int | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+    calibration_rows: int = DEFAULT_CALIBRATION_ROWS,
+    progress: bool = True,
+) -> BuildReport:
+    """Cache a teacher's outputs on the global crops of every image in a folder of shards; see `run_build`.
+
+    Args:
+        shards: folder of packed shards.
+        cache: folder of the cache; new, or one that an earlier call began.
+        teacher: the frozen teacher on `device`.
+        augmentation: decides the global crops, with `seed`.
+        seed: seed of the crop plan, the trainer's.
+        view_sets: number K of crop pairs an image; epoch e of training uses e mod K. May grow later.
+        codec: "int8", or "fp16" of twice the size.
+        batch_size: images the teacher sees at once.
+        device: of decoder and teacher.
+        backend: the loader's backend.
+        num_threads: decoding threads.
+        rank: of this process among those that build together.
+        world_size: their number.
+        calibration_rows: first rows from which the int8 codec is calibrated.
+        progress: show it on the first rank.
+
+    Raises:
+        UserError: see `run_build`, and whatever shards and decoder refuse.
+    """
+    place = torch.device(device)
+    manifest = load_manifest(shards)
+    taken, reason = choose_backend(backend, place)
+    spec = CacheSpec(
+        shard_rows=tuple(shard.rows for shard in manifest.shards),
+        num_crops=augmentation.num_global_crops,
+        num_patches=teacher.num_patches(),
+        embed_dim=teacher.embed_dim,
+        codec=codec,
+    )
+    fingerprint = run_fingerprint(
+        manifest,
+        augmentation=augmentation,
+        seed=seed,
+        teacher=teacher.fingerprint(),
+        decoder=decoder_name(taken, place),
+        codec=codec,
+        calibration_rows=min(calibration_rows, manifest.num_rows),
+    )
+    request = BuildRequest(Path(cache), spec, fingerprint, view_sets, batch_size, place, calibration_rows)
+    if progress and rank == 0:
+        cost = check_disk(request.root, spec, view_sets)
+        print(f"{cache}: {cost.describe(view_sets, spec.num_rows)}. Crops by {taken}: {reason}", file=sys.stderr)
+    read_crops = functools.partial(_read_crops, shards, seed, augmentation, taken, place, batch_size, num_threads)
+    return run_build(request, teacher, read_crops, rank=rank, world_size=world_size, progress=progress)
+
+
+def _read_crops(
+    shards: str | Path,
+    seed: int,
+    augmentation: Augmentation,
+    backend: str,
+    device: torch.device,
+    batch_size: int,
+    num_threads: int | None,
+    rows: npt.NDArray[np.int64],
+    view_set: int,
+) -> Iterable[TeacherCrops]:
+    return read_teacher_crops(
+        shards,
+        rows,
+        view_set=view_set,
+        seed=seed,
+        augmentation=augmentation,
+        backend=backend,
+        device=device,
+        batch_size=batch_size,
+        num_threads=num_threads,
+    )

@@ -17,26 +17,27 @@ SHOWN_FIELDS = 8
 MEASURED = "codec.calibration"
 
 
-def cache_fingerprint(
+def run_fingerprint(
+    manifest: Manifest,
     *,
-    teacher: Json | None,
     augmentation: Augmentation,
     seed: int,
-    manifest: Manifest,
-    decoder: str | None,
-    codec: CodecName | None,
+    teacher: Json | None = None,
+    decoder: str | None = None,
+    codec: CodecName | None = None,
     calibration_rows: int | None = None,
 ) -> Json:
-    """Return the canonical dictionary that identifies what a cache holds.
+    """Return the canonical dictionary of what a run with these settings would cache, or expects of a cache.
 
-    Sections given as None are left out, and what is left out of an expectation is not compared.
+    Sections given as None are left out, and what an expectation leaves out is not compared: a trainer need not load
+    the teacher, and may take the decoder and codec that it finds.
 
     Args:
-        teacher: the frozen teacher's fingerprint.
+        manifest: of the shards; every tar counts with its hash.
         augmentation: its geometry counts; local crops, masks and the student's photometrics do not.
         seed: seed of the crop plan.
-        manifest: of the shards; every tar counts with its hash.
-        decoder: what turned JPEG bytes into crops, as the loader names it.
+        teacher: the frozen teacher's fingerprint.
+        decoder: what turned JPEG bytes into crops, see `cache_tools.build.decoder_name`.
         codec: "int8" or "fp16".
         calibration_rows: rows from which an int8 codec is calibrated.
     """

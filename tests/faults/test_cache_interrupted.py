@@ -13,8 +13,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from cache_tools import build as build_module
-from cache_tools.build import BuildRequest, check_disk, run_build
+from cache_tools import cost as cost_module
+from cache_tools.build import BuildRequest, run_build
+from cache_tools.cost import check_disk
 from cache_tools.commit import shard_lock
 from cache_tools.errors import CacheIncomplete
 from cache_tools.format import Paths
@@ -164,7 +165,7 @@ def test_disk_that_is_too_small_is_refused_before_the_teacher_runs(
 ) -> None:
     request = synthetic_request(tmp_path / "new" / "cache", view_sets=2)
     usage = shutil.disk_usage(tmp_path)._replace(free=request.spec.view_set_bytes())
-    monkeypatch.setattr(build_module.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(cost_module.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(UserError, match=r"the disk is too small. 18 images x 2 view set\(s\)"):
         run_build(request, SyntheticTeacher(), SyntheticReader(), progress=False)
     assert not (tmp_path / "new").exists()

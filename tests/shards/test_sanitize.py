@@ -1,0 +1,139 @@
+"""What becomes of each odd file, and that every decoder reads the same pixels from what is stored."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import simplejpeg
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from shards.format import RowFlag
+from shards.sanitize import ImageRejected, sanitise
+
+# For sources that are lossy themselves. Quality 95 quantises luma in steps of 1 to 12 and chroma in steps of 2
+# to 10, an error of at most 12 / sqrt(12) = 3.5 a coefficient, and most coefficients of these smooth images are
+# smaller than that; quality 75 in steps five times as coarse, but of the gradient only low ones are not 0.
+MEAN_ERROR = 3.0
+
+
+def test_every_odd_file_becomes_what_the_corpus_states(odd_files: dict[str, Any]) -> None:
+    assert len(odd_files) >= 25
+    for name, odd in odd_files.items():
+        if odd.outcome == "rejected":
+            with pytest.raises(ImageRejected) as caught:
+                sanitise(odd.data)
+            assert odd.detail in str(caught.value), (name, str(caught.value))
+            continue
+        stored = sanitise(odd.data)
+        if odd.outcome == "verbatim":
+            expected = odd.data + (b"\xff\xd9" if RowFlag.EOI_ADDED in odd.flags else b"")
+            assert (stored.jpeg == expected, stored.origin, stored.flags) == (True, "", odd.flags), name
+        else:
+            assert (stored.origin, stored.flags) == (odd.detail, odd.flags | RowFlag.REENCODED), name
+            header = simplejpeg.decode_jpeg_header(stored.jpeg)
+            assert header == (stored.height, stored.width, "YCbCr", "444"), name
+
+
+def test_reencoded_images_show_what_the_originals_showed(odd_files: dict[str, Any]) -> None:
+    compared = 0
+    for name, odd in odd_files.items():
+        if odd.pixels is None:
+            continue
+        jpeg = sanitise(odd.data).jpeg
+        shown = simplejpeg.decode_jpeg(jpeg).astype(int)
+        assert shown.shape == odd.pixels.shape, name
+        if odd.lossless:
+            pixels = np.ascontiguousarray(odd.pixels)
+            assert jpeg == simplejpeg.encode_jpeg(pixels, quality=95, colorsubsampling="444"), name
+        assert np.abs(shown - odd.pixels).mean() < MEAN_ERROR, name
+        compared += 1
+    assert compared >= 20
+
+
+def test_dali_simplejpeg_and_pillow_decode_all_that_is_stored_to_the_same_pixels(
+    odd_files: dict[str, Any],
+) -> None:
+    dali = pytest.importorskip("nvidia.dali")
+    stored = {name: sanitise(odd.data) for name, odd in odd_files.items() if odd.outcome != "rejected"}
+    encoded = [np.frombuffer(image.jpeg, np.uint8) for image in stored.values()]
+
+    @dali.pipeline_def(batch_size=1, num_threads=1, device_id=None)
+    def decode() -> Any:
+        jpegs = dali.fn.external_source(iter([image] for image in encoded), batch=True)
+        return dali.fn.decoders.image(jpegs, adjust_orientation=False)
+
+    pipeline = decode()
+    pipeline.build()
+    for name, image in stored.items():
+        by_dali = np.asarray(pipeline.run()[0].at(0))
+        by_simplejpeg = simplejpeg.decode_jpeg(image.jpeg, strict=True)
+        by_pillow = np.asarray(Image.open(io.BytesIO(image.jpeg)).convert("RGB"))
+        assert by_dali.shape == (image.height, image.width, 3), name
+        np.testing.assert_array_equal(by_dali, by_simplejpeg, err_msg=name)
+        np.testing.assert_array_equal(by_pillow, by_simplejpeg, err_msg=name)
+
+
+def test_keep_warned_stores_what_pillow_reads_of_a_damaged_jpeg(odd_files: dict[str, Any]) -> None:
+    rotten = odd_files["bit_rot_in_scan"].data
+    stored = sanitise(rotten, keep_warned=True)
+    assert stored.flags == RowFlag.WARNED | RowFlag.REENCODED
+    by_pillow = np.asarray(Image.open(io.BytesIO(rotten)).convert("RGB")).astype(int)
+    assert np.abs(simplejpeg.decode_jpeg(stored.jpeg) - by_pillow).mean() < MEAN_ERROR
+    with pytest.raises(ImageRejected, match="damaged JPEG"):
+        sanitise(odd_files["half"].data, keep_warned=True)
+
+
+@settings(max_examples=300, deadline=None)
+@given(place=st.floats(0, 1), bit=st.integers(0, 7), kind=st.sampled_from(["420", "444", "progressive"]))
+def test_the_check_at_an_eighth_warns_exactly_where_a_full_decode_warns(place: float, bit: int, kind: str) -> None:
+    data = bytearray(_SAMPLES[kind])
+    data[int(place * (len(data) - 1))] ^= 1 << bit
+    outcomes = []
+    for scaled in ({}, {"min_height": 1, "min_width": 1, "min_factor": 8}):
+        try:
+            simplejpeg.decode_jpeg(bytes(data), strict=True, **scaled)
+            outcomes.append("clean")
+        except ValueError as error:
+            outcomes.append(str(error))
+    assert outcomes[0] == outcomes[1]
+
+
+def _samples() -> dict[str, bytes]:
+    rng = np.random.default_rng(3)
+    pixels = rng.integers(0, 256, (40, 56, 3), dtype=np.uint8)
+    progressive = io.BytesIO()
+    Image.fromarray(pixels).save(progressive, "JPEG", progressive=True)
+    return {
+        "420": simplejpeg.encode_jpeg(pixels, colorsubsampling="420"),
+        "444": simplejpeg.encode_jpeg(pixels, colorsubsampling="444"),
+        "progressive": progressive.getvalue(),
+    }
+
+
+_SAMPLES = _samples()
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_whatever_the_bytes_an_image_is_stored_or_rejected(data: st.DataObject) -> None:
+    base = _SAMPLES[data.draw(st.sampled_from(sorted(_SAMPLES)))]
+    start = data.draw(st.integers(0, len(base)))
+    mutated = base[:start] + data.draw(st.binary(max_size=40)) + base[start + data.draw(st.integers(0, 40)) :]
+    try:
+        stored = sanitise(mutated)
+    except ImageRejected as rejection:
+        assert str(rejection)
+        return
+    assert simplejpeg.decode_jpeg(stored.jpeg, strict=True).shape == (stored.height, stored.width, 3)
+
+
+def test_reencoding_gives_the_same_bytes_each_time(make_photo: Callable[..., Any]) -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(make_photo(30, 40)).save(buffer, "PNG")
+    assert sanitise(buffer.getvalue()) == sanitise(buffer.getvalue())

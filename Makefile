@@ -2,13 +2,18 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
+# One process for one GPU, torchrun for more. For several nodes: TORCHRUN="--nnodes 2 --rdzv-endpoint HOST:PORT".
+# Signals reach the ranks, which write a checkpoint and leave; torchrun kills what is left after two minutes.
+TORCHRUN ?= --standalone
+SIGNALS := --signals-to-handle SIGTERM,SIGINT,SIGUSR1 --shutdown-timeout 120
+RANKS = $(if $(filter 1,$(NGPU)),$(PY),$(VENV)/bin/torchrun $(TORCHRUN) $(SIGNALS) --nproc-per-node $(NGPU))
 STAMP := $(VENV)/.installed
 NGPU ?= 1
 ARGS ?=
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint shards verify-shards cache verify-cache train probe export bench bench-gpu test-gpu clean
+.PHONY: help setup demo test test-slow lint shards verify-shards cache verify-cache train probe export bench bench-gpu test-gpu
 
 help: ## Print this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -23,3 +28,65 @@ $(STAMP): requirements.lock
 	@echo "Installing the pinned dependencies into $(VENV) (about 7 GB, a few minutes, once)"
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.lock
 	@touch $(STAMP)
+
+# A target that lacks a variable says which, before it installs anything.
+EXAMPLE_shards := DATA=/data/imagenet/train SHARDS=/data/shards/train
+EXAMPLE_verify-shards := SHARDS=/data/shards/train
+EXAMPLE_cache := SHARDS=/data/shards/train CACHE=/nvme/cache NGPU=8
+EXAMPLE_verify-cache := CACHE=/nvme/cache
+EXAMPLE_train := SHARDS=/data/shards/train CACHE=/nvme/cache NGPU=8 RUN=runs/first
+EXAMPLE_probe := RUN=runs/first
+EXAMPLE_export := RUN=runs/first
+GOAL := $(firstword $(MAKECMDGOALS))
+need-%:
+	@test -n "$($*)" || { echo "make $(GOAL) needs $*, for example: make $(GOAL) $(EXAMPLE_$(GOAL))"; \
+	  echo "No data at hand? make demo runs the whole path on a small set it makes itself."; exit 1; }
+
+demo: setup ## The whole path on a small image set it makes itself: about 6 minutes on 2 cores
+	$(PY) -m demo $(ARGS)
+
+test: lint ## Lint, types, import directions, then every test that fits a CPU
+	$(PY) -m pytest -n 2 --dist loadfile -q -m "not slow" $(ARGS)
+
+test-slow: setup ## The tests that take minutes each: compiled gradients, long fault storms
+	$(PY) -m pytest -q -m slow $(ARGS)
+
+lint: setup ## Ruff, mypy strict and import-linter
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+shards: need-DATA need-SHARDS setup ## Pack images into shards: DATA=folder, tar or parquet  SHARDS=folder to write
+	$(PY) -m shards pack --source $(DATA) --output $(SHARDS) $(ARGS)
+
+verify-shards: need-SHARDS setup ## Check every hash, header and count of packed shards: SHARDS=
+	$(PY) -m shards verify $(SHARDS) $(ARGS)
+
+cache: need-SHARDS need-CACHE setup ## Write the teacher's outputs to zarr: SHARDS= CACHE= [NGPU=1]
+	$(RANKS) -m cache_tools build --shards $(SHARDS) --cache $(CACHE) $(ARGS)
+
+verify-cache: need-CACHE setup ## Check every committed byte of a cache: CACHE=
+	$(PY) -m cache_tools verify $(CACHE) --deep $(ARGS)
+
+train: need-SHARDS setup ## Distill: SHARDS= [CACHE=] [VAL=] [NGPU=1] [RUN=runs/default]; run again to resume
+	$(RANKS) train.py --data_path $(SHARDS) $(if $(CACHE),--cache_path $(CACHE)) \
+	  $(if $(VAL),--val_data_path $(VAL)) --output_dir $(or $(RUN),runs/default) $(ARGS)
+
+probe: need-RUN setup ## k-NN and linear probe of student, teacher and random weights: RUN=
+	$(PY) probe.py --run $(RUN) $(ARGS)
+
+export: need-RUN setup ## Write the student as timm, torch.hub and ONNX load it: RUN=
+	$(PY) -m distill.export --run $(RUN) $(ARGS)
+
+bench: setup ## Measure data path, cache and kernel on this machine; rows go to benchmarks/results/
+	$(PY) -m benchmarks.bench_shards $(ARGS)
+	$(PY) -m benchmarks.bench_data $(ARGS)
+	$(PY) -m benchmarks.bench_cache $(ARGS)
+	$(PY) -m benchmarks.bench_spd $(ARGS)
+
+bench-gpu: setup ## The same on a GPU, each figure beside its roofline
+	@$(PY) -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "bench-gpu: torch sees no CUDA device")'
+	$(MAKE) bench
+
+test-gpu: setup ## Hardware against CPU; skipped visibly without a GPU
+	$(PY) -m pytest -q tests/gpu $(ARGS)

@@ -47,10 +47,10 @@ def compose_images(folder: Path, *, train_per_scan: int, val_per_scan: int, seed
 
 def _compose(scan: npt.NDArray[np.float64], rng: np.random.Generator) -> npt.NDArray[np.uint8]:
     """Return one image, uint8 [height, width, 3]."""
-    height, width = (int(side) for side in rng.integers(64, 113, size=2))
-    side = int(rng.uniform(0.65, 0.9) * min(height, width))
-    top = int(rng.integers(0, height - side + 1))
-    left = int(rng.integers(0, width - side + 1))
+    height, width = (int(side) for side in rng.integers(64, 105, size=2))
+    side = int(rng.uniform(0.6, 0.85) * min(height, width))
+    # Somewhere in the middle half of the free space, so that the centre crop of an evaluation holds the digit.
+    top, left = (int(rng.uniform(0.25, 0.75) * (free - side)) for free in (height, width))
     enlarged = Image.fromarray((scan * 255).astype(np.uint8)).resize((side, side), Image.Resampling.BICUBIC)
     ink = np.zeros((height, width, 1))
     ink[top : top + side, left : left + side, 0] = np.asarray(enlarged) / 255

@@ -217,7 +217,7 @@ class _Run:
             wanted["content"] = self._write_listing(self.work / "listing.new").content_hash()
         else:  # staging again would cost as much as packing: the settings must do
             del wanted["class_names"]
-        differing = [name for name in sorted(wanted) if wanted[name] != held.get(name)]
+        differing = [name for name in wanted if wanted[name] != held.get(name)]
         if differing:
             shutil.rmtree(self.work)
             raise UserError(

@@ -182,7 +182,11 @@ def _decode_to_rgb(data: bytes, header: JpegHeader, factor: int) -> npt.NDArray[
     if len(header.component_ids) == 4:
         return _decode_by_pillow(data, header, factor)
     pixels = simplejpeg.decode_jpeg(
-        data, colorspace="RGB", min_height=1, min_width=1, min_factor=factor, strict=True
+        data,
+        colorspace="RGB",
+        min_height=-(-header.height // factor),
+        min_width=-(-header.width // factor),
+        strict=True,
     )
     return _orient(pixels, header.orientation)
 

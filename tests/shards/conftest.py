@@ -151,9 +151,7 @@ def _reencoded_files() -> dict[str, OddFile]:
     gradient = np.stack([x * 10, y * 15, (x + y) * 6], -1).astype(np.uint8)
     palette = pil.convert("P", palette=Image.Palette.ADAPTIVE, colors=64)
     # A photograph of 72 Mpx, over the limit: halved.
-    huge = simplejpeg.encode_jpeg(
-        np.full((6000, 12000, 1), 90, np.uint8), colorspace="GRAY", colorsubsampling="Gray"
-    )
+    huge = simplejpeg.encode_jpeg(np.full((6000, 12000, 1), 90, np.uint8), colorspace="GRAY", colorsubsampling="Gray")
     files = {
         f"orientation_{number}": OddFile(
             with_orientation(jpeg(image, 98, "444"), number),
@@ -209,6 +207,7 @@ def _reencoded_files() -> dict[str, OddFile]:
         "JPEG over the size limit",
         RowFlag.DOWNSCALED,
         np.full((3000, 6000, 3), 90, np.uint8),
+        lossless=True,
     )
     return files
 

@@ -46,12 +46,13 @@ def test_reencoded_images_show_what_the_originals_showed(odd_files: dict[str, An
         if odd.pixels is None:
             continue
         jpeg = sanitise(odd.data).jpeg
-        shown = simplejpeg.decode_jpeg(jpeg).astype(int)
-        assert shown.shape == odd.pixels.shape, name
         if odd.lossless:
             pixels = np.ascontiguousarray(odd.pixels)
             assert jpeg == simplejpeg.encode_jpeg(pixels, quality=95, colorsubsampling="444"), name
-        assert np.abs(shown - odd.pixels).mean() < MEAN_ERROR, name
+        else:
+            shown = simplejpeg.decode_jpeg(jpeg).astype(int)
+            assert shown.shape == odd.pixels.shape, name
+            assert np.abs(shown - odd.pixels).mean() < MEAN_ERROR, name
         compared += 1
     assert compared >= 20
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from cache_tools.fingerprint import run_fingerprint
+from cache_tools.fingerprint import cache_fingerprint
 from cache_tools.read import TeacherCache
 from distill.checkpoint import CheckpointWriter, load_newest
 from distill.config import TrainConfig
@@ -193,7 +193,7 @@ def open_cache(config: TrainConfig) -> TeacherCache:
     path = config.teacher.cache_path
     assert path is not None
     manifest = load_manifest(config.data.data_path)
-    expect = run_fingerprint(manifest, augmentation=config.crops(), seed=config.data.data_seed)
+    expect = cache_fingerprint(manifest=manifest, augmentation=config.crops(), seed=config.data.data_seed)
     return TeacherCache.open(path, expect=expect)
 
 

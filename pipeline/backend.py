@@ -179,7 +179,7 @@ def default_num_threads() -> int:
 
 
 def choose_backend(name: str, device: torch.device) -> tuple[str, str]:
-    """Resolve a backend's name.
+    """Resolve a backend's name, and log, once, which was taken and why.
 
     Args:
         name: one of `BACKENDS`.
@@ -192,6 +192,12 @@ def choose_backend(name: str, device: torch.device) -> tuple[str, str]:
         UserError: no backend has that name, DALI was asked for and is not installed, or there is no such
             device.
     """
+    taken, reason = _choose(name, device)
+    _log_once(f"crop backend: {taken} on {device}: {reason}")
+    return taken, reason
+
+
+def _choose(name: str, device: torch.device) -> tuple[str, str]:
     if name not in BACKENDS:
         close = difflib.get_close_matches(name, BACKENDS, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
@@ -220,7 +226,7 @@ def choose_backend(name: str, device: torch.device) -> tuple[str, str]:
 
 
 def open_backend(name: str, work: CropWork, options: BackendOptions) -> CropBackend:
-    """Build the backend of that name (see `choose_backend`) and log, once, which was taken and why.
+    """Build the backend of that name (see `choose_backend`).
 
     Raises:
         UserError: as `choose_backend`, or an option is out of its range.
@@ -232,8 +238,7 @@ def open_backend(name: str, work: CropWork, options: BackendOptions) -> CropBack
         )
     if options.num_threads < 1:
         raise UserError(f"num_threads is {options.num_threads}. It must be at least 1. Change num_threads.")
-    taken, reason = choose_backend(name, options.device)
-    _log_once(f"crop backend: {taken} on {options.device}: {reason}")
+    taken, _ = _choose(name, options.device)
     if taken == "dali":
         from pipeline.dali import DaliCrops
 

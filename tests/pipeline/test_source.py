@@ -1,0 +1,180 @@
+"""Reading by row: mapped or copied, with few descriptors, on file systems that cannot map, with advice ahead."""
+
+import mmap
+import os
+
+import numpy as np
+import pytest
+
+from pipeline.readahead import Readahead
+from pipeline.source import ShardSource
+from shards.errors import UserError
+
+ROWS = 48
+
+
+@pytest.mark.parametrize("access", ["auto", "mmap", "pread"])
+def test_every_row_is_the_packed_jpeg(shards, access):
+    with ShardSource(shards, access=access) as source:
+        assert len(source) == ROWS
+        for row in range(ROWS):
+            tar = shards / source.manifest.shards[source.index.shard[row]].name
+            offset, size = int(source.index.offset[row]), int(source.index.size[row])
+            jpeg = source.jpeg(row)
+            assert jpeg.tobytes() == tar.read_bytes()[offset : offset + size]
+            assert not jpeg.flags.writeable
+            assert jpeg[:2].tobytes() == b"\xff\xd8"
+
+
+def test_keys_are_the_names_in_the_tar(shards, source):
+    import tarfile
+
+    names = []
+    for shard in source.manifest.shards:
+        with tarfile.open(shards / shard.name) as tar:
+            names += [n.removesuffix(".jpg") for n in tar.getnames() if n.endswith(".jpg")]
+    assert [source.key(row) for row in range(ROWS)] == names
+    assert source.describe(25) == f"{shards}/shard-000001.tar: row 25 (key {names[25]})"
+
+
+def test_sizes_are_height_and_width(source):
+    rows = np.array([5, 0, 47])
+    expected = np.stack([source.index.height[rows], source.index.width[rows]], -1)
+    assert np.array_equal(source.sizes(rows), expected)
+    assert source.sizes(rows).dtype == np.int64
+
+
+def test_views_stay_valid_after_their_shard_was_let_go(shards):
+    with ShardSource(shards) as source:
+        source._max_open = 1
+        first = source.jpeg(0)
+        packed = first.tobytes()
+        for row in range(0, ROWS, 5):
+            source.jpeg(row)
+            assert len(source._open) == 1
+    assert first.tobytes() == packed
+
+
+@pytest.mark.parametrize("access", ["mmap", "pread"])
+def test_descriptors_stay_within_the_limit_and_are_closed(shards, access):
+    before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+    source = ShardSource(shards, access=access)
+    source._max_open = 2
+    for row in np.random.default_rng(0).permutation(ROWS):
+        source.jpeg(int(row))
+        assert len(os.listdir("/proc/self/fd")) <= before + 2  # noqa: PTH208
+    source.close()
+    assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
+
+
+@pytest.fixture
+def unmappable(monkeypatch):
+    def refuse(*_arguments, **_keywords):
+        raise OSError(19, "No such device")
+
+    monkeypatch.setattr(mmap, "mmap", refuse)
+
+
+def test_a_mount_that_cannot_map_is_read_by_pread_and_said_once(shards, unmappable, caplog):
+    with ShardSource(shards) as source:
+        jpegs = source.jpegs([0, 20, 40])
+    with ShardSource(shards, access="pread") as plain:
+        assert [j.tobytes() for j in jpegs] == [plain.jpeg(r).tobytes() for r in (0, 20, 40)]
+    assert caplog.text.count("cannot be memory-mapped") == 1
+    assert "reading by pread" in caplog.text
+
+
+def test_mmap_asked_for_on_a_mount_that_cannot_map_is_an_error(shards, unmappable):
+    with ShardSource(shards, access="mmap") as source, pytest.raises(UserError, match="Choose access pread"):
+        source.jpeg(0)
+
+
+def test_a_tar_cut_while_it_is_read_is_named(shards, monkeypatch):
+    real = os.pread
+    with ShardSource(shards, access="pread") as source:
+        monkeypatch.setattr(os, "pread", lambda descriptor, size, offset: real(descriptor, size, offset)[:-1])
+        with pytest.raises(UserError, match=r"shard-000000\.tar: \d+ bytes at offset \d+, the index says"):
+            source.jpeg(0)
+
+
+@pytest.fixture
+def advised(monkeypatch):
+    """What the kernel was asked for: (path, offset, size) in order."""
+    calls = []
+
+    def note(descriptor, offset, size, advice):
+        assert advice == os.POSIX_FADV_WILLNEED
+        calls.append((os.path.realpath(f"/proc/self/fd/{descriptor}"), offset, size))
+
+    monkeypatch.setattr(os, "posix_fadvise", note)
+    return calls
+
+
+def test_advice_is_given_for_the_bytes_of_each_row(source, advised):
+    source.advise(np.array([3, 25, 4]))
+    index = source.index
+    expected = {
+        (str((source.folder / f"shard-{index.shard[r]:06d}.tar").resolve()), index.offset[r], index.size[r])
+        for r in (3, 4, 25)
+    }
+    assert set(advised) == expected
+    assert len(advised) == 3
+
+
+def test_advice_that_is_refused_changes_nothing(source, monkeypatch):
+    def refuse(*_arguments):
+        raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(os, "posix_fadvise", refuse)
+    source.advise(np.array([0, 1]))
+    assert source.jpeg(0)[:2].tobytes() == b"\xff\xd8"
+
+
+class _Recorder:
+    def __init__(self):
+        self.rows = []
+
+    def advise(self, rows):
+        self.rows += rows.tolist()
+
+
+@pytest.mark.parametrize("window", [8, 20, 100])
+def test_readahead_asks_for_every_row_once_before_it_is_read(window):
+    order = np.random.default_rng(0).permutation(60)
+    recorder, batch = _Recorder(), 4
+    ahead = Readahead(recorder, order, window)
+    for step in range(15):
+        ahead.step(step * batch, batch)
+        asked = recorder.rows
+        # Up to a window ahead, and within a window in the order of the disk.
+        assert len(asked) <= step * batch + window
+        caught_up = 4 * batch * (step + 1) >= min(60, step * batch + window)
+        if caught_up:
+            assert set(order[: (step + 1) * batch]) <= set(asked)
+    assert sorted(recorder.rows) == list(range(60))
+    for start in range(0, 60, window):
+        part = recorder.rows[start : start + window]
+        assert part == sorted(order[start : start + window].tolist())
+
+
+def test_readahead_catches_up_in_pieces_of_a_few_batches():
+    recorder = _Recorder()
+    ahead = Readahead(recorder, np.arange(1000), 500)
+    ahead.step(0, 10)
+    assert len(recorder.rows) == 40
+    ahead.step(10, 10)
+    assert len(recorder.rows) == 80
+
+
+def test_a_loader_asks_for_rows_ahead(shards, advised, small):
+    from pipeline.loader import open_loader
+
+    with open_loader(
+        shards, device="cpu", backend="cpu", global_batch_size=8, seed=0, augmentation=small, num_threads=1
+    ) as loader:
+        batch = next(loader)
+    with ShardSource(shards) as source:
+        index = source.index
+        asked = {offset for _, offset, _ in advised}
+        assert {int(index.offset[r]) for r in batch.rows} <= asked
+    assert len(advised) > 8

@@ -1,0 +1,108 @@
+"""The command line, its defaults, and the run folder's config.json."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from distill.config import LOSS_PRESETS, DataConfig, TrainConfig, preset
+from distill.run_folder import load_config, write_or_check_config
+from distill.runtime import parse_config, step_seed
+from shards.errors import UserError
+
+DOCUMENTED_DEFAULTS = {
+    "arch": "vit_small", "patch_size": 16, "teacher_arch": "vit_large_patch16_dinov3.lvd1689m",
+    "teacher_pretrained_weights": None, "cache_path": None, "epochs": 100.0, "lr": 5e-4, "batch_size_per_gpu": 64,
+    "dino_loss_weight": 1.0, "ibot_loss_weight": 1.0, "koleo_loss_weight": 0.1, "spd_loss_weight": 1.0,
+    "cls_loss_weight": 1.0, "global_crops_scale": (0.4, 1.0), "global_crops_size": 224,
+    "local_crops_scale": (0.05, 0.4), "local_crops_number": 8, "local_crops_size": 96, "mask_patch_size": 32,
+    "mask_ratio": 0.4, "data_path": "", "output_dir": "runs/default",
+}  # fmt: skip
+
+
+def flat(config: TrainConfig) -> dict[str, object]:
+    groups = [getattr(config, f.name) for f in dataclasses.fields(config) if f.name != "preset"]
+    return {f.name: getattr(group, f.name) for group in groups for f in dataclasses.fields(group)}
+
+
+def test_every_documented_flag_has_its_documented_default() -> None:
+    values = flat(parse_config([]))
+    assert {name: values[name] for name in DOCUMENTED_DEFAULTS} == DOCUMENTED_DEFAULTS
+
+
+def test_no_flag_name_stands_in_two_groups() -> None:
+    config = TrainConfig()
+    names = [
+        f.name
+        for group in dataclasses.fields(config)
+        if group.name != "preset"
+        for f in dataclasses.fields(getattr(config, group.name))
+    ]
+    assert sorted(names) == sorted(set(names))
+
+
+def test_flags_take_underscores_and_hyphens() -> None:
+    assert parse_config(["--dino_loss_weight", "2"]).losses.dino_loss_weight == 2.0
+    assert parse_config(["--dino-loss-weight", "2"]).losses.dino_loss_weight == 2.0
+    assert parse_config(["--global_crops_scale", "0.3", "1"]).data.global_crops_scale == (0.3, 1.0)
+    assert parse_config(["--no_compile"]).runtime.compile is False
+
+
+def test_an_unknown_flag_fails_with_the_closest_match(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse_config(["--dino_los_weight", "2"])
+    assert stop.value.code == 2
+    assert "--dino_loss_weight" in capsys.readouterr().err.replace("-loss-", "_loss_").replace("-weight", "_weight")
+
+
+def test_a_preset_sets_the_weights_and_single_flags_go_over_it() -> None:
+    config = parse_config(["--preset=gram", "--koleo_loss_weight", "0"])
+    assert (config.losses.gram_loss_weight, config.losses.spd_loss_weight) == (1.0, 0.0)
+    assert config.losses.koleo_loss_weight == 0.0
+    assert parse_config(["--preset", "proteus"]).losses == LOSS_PRESETS["proteus"]()
+    with pytest.raises(UserError, match="Choose one of five, five_plus_patch, proteus, gram, lightly"):
+        preset("six")
+
+
+def test_config_json_comes_back_equal(tmp_path: Path) -> None:
+    config = parse_config(["--preset", "lightly", "--lr", "1e-3", "--global_crops_scale", "0.3", "1"])
+    write_or_check_config(config, tmp_path)
+    assert load_config(tmp_path) == config
+
+
+def test_unknown_fields_in_config_json_are_named() -> None:
+    with pytest.raises(UserError, match=r"unknown fields \['momentum'\]"):
+        TrainConfig.from_json('{"optim": {"momentum": 1}}')
+
+
+def test_a_run_resumes_only_with_the_settings_that_decide_what_it_computes(tmp_path: Path) -> None:
+    write_or_check_config(TrainConfig(), tmp_path)
+    moved = parse_config(["--output_dir", "elsewhere", "--num_threads", "9", "--no_compile", "--data_path", "moved"])
+    write_or_check_config(moved, tmp_path)
+    with pytest.raises(UserError) as error:
+        write_or_check_config(parse_config(["--lr", "1e-3", "--mask_ratio", "0.5"]), tmp_path)
+    assert "lr: the run has 0.0005, now 0.001" in str(error.value)
+    assert "mask_ratio: the run has 0.4, now 0.5" in str(error.value)
+    assert load_config(tmp_path) == TrainConfig()
+
+
+def test_the_crop_plan_takes_its_sizes_from_the_run() -> None:
+    config = TrainConfig(data=DataConfig(global_crops_size=128, local_crops_number=3, mask_ratio=0.3))
+    crops = config.crops()
+    assert (crops.global_crops_size, crops.num_local_crops, crops.mask_ratio, crops.patch_size) == (128, 3, 0.3, 16)
+
+
+def test_the_teacher_flag_and_the_cache_path_may_not_contradict_each_other() -> None:
+    assert not parse_config([]).uses_cache()
+    assert parse_config(["--cache_path", "c"]).uses_cache()
+    assert not parse_config(["--cache_path", "c", "--teacher", "live"]).uses_cache()
+    with pytest.raises(UserError, match="--teacher cache: no cache_path"):
+        parse_config(["--teacher", "cache"]).uses_cache()
+
+
+def test_step_seeds_differ_by_seed_step_and_rank() -> None:
+    seeds = {step_seed(a, b, c) for a in range(5) for b in range(50) for c in range(8)}
+    assert len(seeds) == 5 * 50 * 8
+    assert all(0 <= seed < 2**63 for seed in seeds)

@@ -1,0 +1,133 @@
+"""The finite-step guard, the metrics log and the process set-up, in one process."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from distill.config import RuntimeConfig
+from distill.metrics import PHASES, MetricsLog, PhaseClock
+from distill.runtime import Ranks, StepGuard, StopSignal, configure_torch, process_group
+from distill.step import METRICS
+from pipeline.batch import MultiCropBatch
+from shards.errors import UserError
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+
+
+def batch_of(rows: list[int]) -> MultiCropBatch:
+    b = len(rows)
+    empty = torch.zeros(0, dtype=torch.uint8)
+    return MultiCropBatch(
+        rows=np.array(rows), uids=np.array([r + 10 for r in rows], np.uint64), image_crcs=np.zeros(b, np.uint32),
+        view_set=1, epoch=3, global_crops=empty, local_crops=empty, teacher_crops=None,
+        masks=torch.zeros(0, dtype=torch.bool), masked_indices=torch.zeros(0, dtype=torch.int64),
+        labels=torch.zeros(b, dtype=torch.int64), global_crops_spec=np.zeros((b, 2, 6), np.int32),
+    )  # fmt: skip
+
+
+def test_a_step_that_is_not_finite_stops_the_run_and_leaves_its_samples_in_a_replay_file(tmp_path: Path) -> None:
+    guard = StepGuard(ALONE, tmp_path, seed=5)
+    assert guard.submit(7, batch_of([1]), torch.tensor(0.0), stop=False).item() == 0
+    assert guard.should_stop() is False
+    assert guard.submit(8, batch_of([4, 2]), torch.tensor(1.0), stop=False).item() == 1
+    # Until the host has read the flag, later updates stay suppressed.
+    assert guard.submit(9, batch_of([3]), torch.tensor(0.0), stop=False).item() == 1
+    with pytest.raises(UserError, match="step 8, rank 0: loss or gradient is not finite"):
+        guard.should_stop()
+    replay = json.loads((tmp_path / "replay" / "step_000000008_rank_0.json").read_text())
+    assert replay == {
+        "step": 8, "seed": 5, "epoch": 3, "view_set": 1, "rows": [4, 2],
+        "uids": ["000000000000000e", "000000000000000c"],
+    }  # fmt: skip
+
+
+def test_a_stop_request_is_seen_once_it_was_shared(tmp_path: Path) -> None:
+    guard = StepGuard(ALONE, tmp_path, seed=0)
+    guard.submit(1, batch_of([1]), torch.tensor(0.0), stop=True)
+    assert guard.should_stop() is True
+
+
+def test_signals_are_remembered_and_a_second_interrupt_interrupts() -> None:
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    try:
+        stop = StopSignal()
+        assert stop.received is None
+        signal.raise_signal(signal.SIGUSR1)
+        assert stop.received == "SIGUSR1"
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def metrics_of(loss: float) -> torch.Tensor:
+    values = torch.zeros(len(METRICS))
+    values[0] = loss
+    return values
+
+
+def lines(run: Path) -> list[dict[str, float]]:
+    return [json.loads(text) for text in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_log_holds_means_over_the_steps_since_the_last_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = MetricsLog(tmp_path, RuntimeConfig(log_every=2), ALONE, first_step=0, total_steps=3)
+    for step, loss in enumerate((1.0, 2.0, 6.0), start=1):
+        log.phases.mark("data_wait")
+        log.phases.mark("")
+        log.add(metrics_of(loss), torch.tensor(loss * 10), images=4)
+        if log.due(step):
+            log.flush(step, lr=0.5)
+    log.close()
+    written = lines(tmp_path)
+    assert [(x["step"], x["loss"], x["grad_norm"], x["lr"]) for x in written] == [(2, 1.5, 15.0, 0.5), (3, 6.0, 60.0, 0.5)]
+    assert all(x["images_per_second"] > 0 and 0 <= x["data_wait"] <= 1 for x in written)
+    assert "step 3/3" in capsys.readouterr().err
+    assert "images/s over 12 images" in log.summary()
+
+
+def test_lines_beyond_the_step_that_is_resumed_are_dropped_with_a_torn_last_line(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 2, "loss": 1}\n{"step": 4, "loss": 2}\n{"step": 5, "lo')
+    MetricsLog(tmp_path, RuntimeConfig(), ALONE, first_step=3, total_steps=9).close()
+    assert lines(tmp_path) == [{"step": 2, "loss": 1}]
+
+
+def test_the_phase_clock_gives_each_phase_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([0.0, 1.0, 3.0, 7.0, 8.0, 20.0, 21.0])
+    monkeypatch.setattr("distill.metrics.time.perf_counter", lambda: next(times))
+    clock = PhaseClock(torch.device("cpu"))
+    for phase in ("data_wait", "targets", "student", "optimizer", "", "data_wait", ""):
+        clock.mark(phase)
+    assert clock.read() == {"data_wait": 2.0, "targets": 2.0, "student": 4.0, "optimizer": 1.0}
+    assert clock.read() == dict.fromkeys(PHASES, 0.0)
+
+
+def test_one_process_needs_no_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with process_group(RuntimeConfig(device="cpu")) as ranks:
+        assert ranks == ALONE
+        assert not torch.distributed.is_initialized()
+        ranks.barrier()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="provokes the error of a machine without a GPU")
+def test_a_wanted_gpu_that_is_not_there_is_an_error() -> None:
+    with pytest.raises(UserError, match="--device cuda: torch .* sees no CUDA device"), process_group(RuntimeConfig(device="cuda")):
+        pass
+
+
+def test_torch_is_configured_for_right_gradients_and_bf16_only_on_gpus() -> None:
+    import torch._functorch.config as functorch_config
+
+    assert configure_torch(RuntimeConfig(), torch.device("cpu")) is False
+    assert configure_torch(RuntimeConfig(precision="bf16"), torch.device("cpu")) is True
+    assert functorch_config.backward_pass_autocast == "off"

@@ -22,7 +22,7 @@ from cache_tools.codec import Calibration, EncodedRows, encode
 from cache_tools.commit import committed_shards, write_manifest
 from cache_tools.cost import check_disk
 from cache_tools.errors import CacheMismatch
-from cache_tools.fingerprint import Json, check_fingerprint, fingerprint_sha256, run_fingerprint
+from cache_tools.fingerprint import Json, cache_fingerprint, check_fingerprint, fingerprint_sha256
 from cache_tools.format import (
     FORMAT_VERSION,
     CacheSpec,
@@ -309,8 +309,8 @@ def build_cache(
         embed_dim=teacher.embed_dim,
         codec=codec,
     )
-    fingerprint = run_fingerprint(
-        manifest,
+    fingerprint = cache_fingerprint(
+        manifest=manifest,
         augmentation=augmentation,
         seed=seed,
         teacher=teacher.fingerprint(),

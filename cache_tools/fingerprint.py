@@ -13,13 +13,14 @@ from shards.format import Manifest
 
 Json = dict[str, Any]
 SHOWN_FIELDS = 8
+SHOWN_CHARACTERS = 160
 # Filled in by the build, which measures it; a run cannot know it beforehand.
 MEASURED = "codec.calibration"
 
 
-def run_fingerprint(
-    manifest: Manifest,
+def cache_fingerprint(
     *,
+    manifest: Manifest,
     augmentation: Augmentation,
     seed: int,
     teacher: Json | None = None,
@@ -70,13 +71,13 @@ def fingerprint_sha256(fingerprint: Json) -> str:
 
 
 def flatten(value: object, prefix: str = "") -> dict[str, object]:
-    """Return the leaves of nested dictionaries and lists by dotted path."""
+    """Return the leaves of nested dictionaries and lists by dotted path; a list of numbers is one leaf."""
     if isinstance(value, dict) and value:
         items = [(str(key), item) for key, item in value.items()]
-    elif isinstance(value, (list, tuple)) and value:
+    elif isinstance(value, (list, tuple)) and any(isinstance(item, (str, dict)) for item in value):
         items = [(str(i), item) for i, item in enumerate(value)]
     else:
-        return {prefix: value}
+        return {prefix: list(value) if isinstance(value, tuple) else value}
     leaves: dict[str, object] = {}
     for key, item in items:
         leaves |= flatten(item, f"{prefix}.{key}" if prefix else key)
@@ -99,8 +100,13 @@ def differences(expected: Json, found: Json) -> list[str]:
             if name.startswith(MEASURED) and left == absent:
                 continue
             if left != right:
-                lines.append(f"  {name}: this run {left!r}, the cache {right!r}")
+                lines.append(f"  {name}: this run {_shown(left)}, the cache {_shown(right)}")
     return lines
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[: SHOWN_CHARACTERS - 3]}..."
 
 
 def _natural(name: str) -> list[tuple[int, int, str]]:

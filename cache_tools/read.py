@@ -20,7 +20,7 @@ from cache_tools.codec import codec_bound, decode_int8, rounding_bound
 from cache_tools.commit import Commit, read_commits
 from cache_tools.errors import CacheIncomplete
 from cache_tools.fingerprint import check_fingerprint, fingerprint_sha256
-from cache_tools.format import ArrayLayout, CacheSpec, Paths, read_attributes
+from cache_tools.format import CacheSpec, Paths, read_attributes
 from cache_tools.host_rows import HostRows
 from cache_tools.join import CropBatch, RowTable, unpack_ids
 from cache_tools.source import RowSource, open_source
@@ -47,25 +47,24 @@ class Ticket:
     """A fetch under way. `result` may be called once."""
 
     def __init__(
-        self,
-        cache: TeacherCache,
-        host: HostRows,
-        rows: int,
-        parts: list[Future[None]],
-        done: Callable[[], None],
+        self, cache: TeacherCache, host: HostRows, rows: int, parts: list[Future[None]], done: Callable[[], None]
     ):
+        self.host = host
+        self.rows = rows
         self._cache = cache
-        self._host = host
-        self._rows = rows
         self._parts = parts
         self._done = done
 
-    def result(self, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> TeacherTargets:
-        """Wait for the rows and decode them on `device`; see `TeacherCache.fetch`."""
+    def wait(self) -> None:
+        """Wait for the rows; raises what their reading raised."""
         for part in self._parts:
             part.result()
         self._done()
-        return self._cache._decode(self._host, self._rows, torch.device(device), dtype)
+
+    def result(self, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> TeacherTargets:
+        """Wait for the rows and decode them on `device`; see `TeacherCache.fetch`."""
+        self.wait()
+        return self._cache._decode(self.host, self.rows, torch.device(device), dtype)
 
 
 class TeacherCache:
@@ -251,7 +250,8 @@ class TeacherCache:
         other batches comes on top.
         """
         ticket = self._read(batch.view_set, self._lookup(batch), pinned=False)
-        stored = {array.name: ticket_values(ticket, array).clone() for array in self._row_arrays}
+        ticket.wait()
+        stored = {array.name: ticket.host.values(array, ticket.rows).clone() for array in self._row_arrays}
         targets = ticket.result(dtype=torch.float32)
         cls = rounding_bound(targets.cls, torch.float16)
         if self.calibration is not None:
@@ -263,6 +263,12 @@ class TeacherCache:
         if dtype != torch.float16 or self.calibration is not None:
             patches = patches + rounding_bound(targets.patches, dtype)
         return TeacherTargets(cls=cls, patches=patches)
+
+    def read_encoded(self, view_set: int, rows: npt.NDArray[np.int64]) -> None:
+        """Bring rows into host memory as they are stored and check them; nothing is decoded."""
+        ticket = self._read(view_set, rows, pinned=False)
+        ticket.wait()
+        self._give_back(ticket.host)
 
     def _lookup(self, batch: CropBatch) -> npt.NDArray[np.int64]:
         return self._view(batch.view_set)[1].lookup(batch, where=str(self.path))
@@ -309,9 +315,13 @@ class TeacherCache:
                 process.on_device[device] = self.calibration.tensors(device)
             patches = decode_int8(moved["patch"], moved["scale"], *process.on_device[device], dtype=dtype)
         targets = TeacherTargets(cls=moved["cls"].to(dtype, copy=True), patches=patches)
+        self._give_back(host)
+        return targets
+
+    def _give_back(self, host: HostRows) -> None:
+        process = self._this_process()
         with process.lock:
             process.free.append(host)
-        return targets
 
     def _host_rows(self, process: _Process, rows: int, pinned: bool) -> HostRows:
         with process.lock:
@@ -355,13 +365,6 @@ class TeacherCache:
             specs.view("<i4").reshape(-1, *arrays["crop"].tail).astype(np.int32),
             where=str(self._paths.view(view_set)),
         )
-
-
-def ticket_values(ticket: Ticket, array: ArrayLayout) -> Tensor:
-    """Wait for a ticket's rows and return one array as stored; valid until its `result`."""
-    for part in ticket._parts:
-        part.result()
-    return ticket._host.values(array, ticket._rows)
 
 
 def _reopen(

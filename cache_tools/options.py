@@ -1,0 +1,236 @@
+"""The commands' flags, and what they make: the teacher, the crops, the device."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import tyro
+
+from cache_tools.build import DEFAULT_CALIBRATION_ROWS
+from cache_tools.fingerprint import flatten
+from cache_tools.format import CodecName
+from cache_tools.write import TeacherCrops
+from distill.config import DEFAULT_TEACHER, DataConfig, TeacherConfig
+from distill.teacher import FrozenTeacher, load_teacher
+from pipeline.augmentation import Augmentation, preset
+from pipeline.backend import choose_backend
+from pipeline.readers import read_teacher_crops
+from shards.errors import UserError
+
+PRESETS = ("dino", "dinov2_released")
+CachePath = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CACHE")]
+
+
+@dataclass(frozen=True)
+class TeacherOptions:
+    """The teacher and the crops it sees; the same flags and defaults as train.py."""
+
+    shards: Path
+    """Folder of packed shards."""
+    teacher_arch: str = DEFAULT_TEACHER
+    """A timm ViT by name, or local-dir:FOLDER, or hf-hub:NAME."""
+    teacher_pretrained_weights: str | None = None
+    """A local file: Meta's .pth or timm's .safetensors. None downloads the weights that teacher_arch names."""
+    augmentation: str = DataConfig.augmentation
+    """Augmentation preset: dino or dinov2_released."""
+    global_crops_scale: tuple[float, float] = DataConfig.global_crops_scale
+    """Share of the image's area in a global crop, least and most."""
+    global_crops_size: int = DataConfig.global_crops_size
+    """Side of a global crop in pixels."""
+    flip_prob: float = DataConfig.flip_prob
+    """Probability of a horizontal flip."""
+    teacher_photometric: bool = DataConfig.teacher_photometric
+    """The teacher sees the student's photometric distortions too."""
+    seed: Annotated[int, tyro.conf.arg(aliases=["--data_seed"])] = DataConfig.data_seed
+    """Seed of the crop plan: train.py's data_seed."""
+    backend: Literal["auto", "dali", "cpu", "torch"] = "auto"
+    """Who decodes and crops."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes a GPU where there is one."""
+    batch_size: int = 64
+    """Images that the teacher sees at once."""
+    num_threads: int | None = None
+    """Decoding threads. None: one a core, at most 8."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile of the teacher; auto does so on a GPU."""
+
+    def crops(self) -> Augmentation:
+        """Return the augmentation; only what decides the global crops matters here."""
+        return dataclasses.replace(
+            preset(self.augmentation),
+            global_crops_scale=self.global_crops_scale,
+            global_crops_size=self.global_crops_size,
+            flip_prob=self.flip_prob,
+            teacher_photometric=self.teacher_photometric,
+            num_local_crops=0,
+            mask_ratio=0.0,
+            patch_size=1,
+        )
+
+    def place(self) -> torch.device:
+        """Return this process's device; UserError where there is none."""
+        if self.device == "cpu" or (self.device == "auto" and not torch.cuda.is_available()):
+            return torch.device("cpu")
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"--device {self.device}: local rank {local_rank}, this machine has {torch.cuda.device_count()} CUDA "
+                "devices. Check `nvidia-smi`, ask for fewer with NGPU, or pass --device cpu."
+            )
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        return device
+
+    def teacher(self, device: torch.device) -> FrozenTeacher:
+        """Load the frozen teacher."""
+        config = TeacherConfig(
+            teacher_arch=self.teacher_arch, teacher_pretrained_weights=self.teacher_pretrained_weights
+        )
+        teacher = load_teacher(config, img_size=self.global_crops_size, device=device)
+        if self.compile == "on" or (self.compile == "auto" and device.type == "cuda"):
+            teacher.compile()
+        return teacher
+
+    def read_crops(self, device: torch.device) -> functools.partial[Iterable[TeacherCrops]]:
+        """Return a reader of the clean crops of rows."""
+        return functools.partial(self._read, device, choose_backend(self.backend, device)[0])
+
+    def _read(
+        self, device: torch.device, backend: str, rows: npt.NDArray[np.int64], view_set: int
+    ) -> Iterable[TeacherCrops]:
+        return read_teacher_crops(
+            self.shards,
+            rows,
+            view_set=view_set,
+            seed=self.seed,
+            augmentation=self.crops(),
+            backend=backend,
+            device=device,
+            batch_size=self.batch_size,
+            num_threads=self.num_threads,
+        )
+
+
+@dataclass(frozen=True)
+class Build:
+    """Write the teacher's outputs; the same command continues a build that was stopped. Under torchrun, each rank
+    writes its share of the shards."""
+
+    teacher: Annotated[TeacherOptions, tyro.conf.OmitArgPrefixes]
+    cache: Path
+    """Folder of the cache, new or begun before."""
+    view_sets: int = 1
+    """Crop pairs an image, K: epoch e of training uses e mod K. May grow later."""
+    codec: CodecName = "int8"
+    """int8, or fp16 of twice the size."""
+    calibration_rows: int = DEFAULT_CALIBRATION_ROWS
+    """First rows from which the int8 codec is calibrated."""
+
+
+@dataclass(frozen=True)
+class Verify:
+    """Check every committed shard. Exit status 1 where something is damaged or missing."""
+
+    cache: CachePath
+    deep: bool = False
+    """Read every byte; else sizes, indices, first rows, ids and crops."""
+    shards: Path | None = None
+    """Folder of the shards, to compare ids and image checksums with."""
+    teacher: int = 0
+    """Run the teacher again on so many images and compare; needs --shards."""
+    teacher_arch: str | None = None
+    """The teacher; None: the architecture that the cache names."""
+    teacher_pretrained_weights: str | None = None
+    """Its weights, as for build."""
+    backend: Literal["auto", "dali", "cpu", "torch"] = "auto"
+    """Who decodes and crops."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes a GPU where there is one."""
+    batch_size: int = 64
+    """Images that the teacher sees at once."""
+
+    def teacher_options(self, fingerprint: dict[str, Any]) -> TeacherOptions:
+        """Return the options that a cache of this fingerprint was built with."""
+        if self.shards is None:
+            raise UserError("--teacher: the shards are needed to show the teacher its images. Pass --shards FOLDER.")
+        crops = fingerprint["crops"]
+        geometry = crops["geometry"]
+        for name in PRESETS:
+            options = TeacherOptions(
+                shards=self.shards,
+                teacher_arch=self.teacher_arch or fingerprint["teacher"]["architecture"],
+                teacher_pretrained_weights=self.teacher_pretrained_weights,
+                augmentation=name,
+                global_crops_scale=tuple(geometry["global_crops_scale"]),
+                global_crops_size=geometry["global_crops_size"],
+                flip_prob=geometry["flip_prob"],
+                teacher_photometric=geometry["teacher_photometric"],
+                seed=crops["seed"],
+                backend=self.backend,
+                device=self.device,
+                batch_size=self.batch_size,
+            )
+            if flatten(options.crops().geometry_fingerprint()) == flatten(geometry):
+                return options
+        raise UserError(
+            f"{self.cache}: built with an augmentation that is none of {', '.join(PRESETS)} with other sizes and "
+            "scales. Compare with `cache_tools.verify.verify_against_teacher` from Python."
+        )
+
+
+@dataclass(frozen=True)
+class Inspect:
+    """Print what the cache was made from and how far it is built."""
+
+    cache: CachePath
+    row: int | None = None
+    """Also print this row's identity, crops and token norms."""
+    view_set: int = 0
+    """View set of the row."""
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Print figures of the tokens from a sample of rows."""
+
+    cache: CachePath
+    rows: int = 512
+    """Rows drawn from each view set."""
+
+
+@dataclass(frozen=True)
+class Repair:
+    """Drop damaged shards; a build then writes them again."""
+
+    cache: CachePath
+
+
+@dataclass(frozen=True)
+class Calibrate:
+    """Measure each codec on the teacher's features of these images and recommend one. Writes nothing."""
+
+    teacher: Annotated[TeacherOptions, tyro.conf.OmitArgPrefixes]
+    rows: int = 2048
+    """First rows of the shards."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Measure how fast this machine reads this cache."""
+
+    cache: CachePath
+    batch_size: int = 64
+    """Images a batch."""
+    batches: int = 16
+    """Batches a measurement."""
+    threads: int = 2
+    """Reading threads."""

@@ -29,6 +29,7 @@ from distill.evaluation import figures
 from distill.evaluation.features import (
     FeatureModel,
     Features,
+    FeatureSet,
     extract_features_of,
     extract_patch_tokens,
     feature_sets,
@@ -171,14 +172,16 @@ def probe(config: ProbeConfig) -> ProbeReport:
         seed=config.seed,
         use_ema=config.ema,
     )
+    linear = linear_protocol(config)
     loaded = [load_source(source, context) for source in config.models]
     models = {model.name: model for model in loaded}
     if len(models) != len(loaded) or not models:
         raise UserError(f"--models {' '.join(config.models)}: name at least one model, and each one once.")
 
+    sets = {name: feature_sets(config.layers, model_depth(model.entry.model)) for name, model in models.items()}
+
     # Features: every image is decoded once and seen by all models.
     entries = {name: model.entry for name, model in models.items()}
-    layers = max(config.layers)
     with stage.timed("features"):
         train, val = (
             extract_features_of(
@@ -186,7 +189,7 @@ def probe(config: ProbeConfig) -> ProbeReport:
                 stage.crops(shards, rows, what),
                 device=stage.device,
                 dtype=stage.dtype,
-                layers=layers,
+                layers=max(config.layers),
             )
             for shards, rows, what in (
                 (data.train_shards, data.train_rows, "train features"),
@@ -195,11 +198,10 @@ def probe(config: ProbeConfig) -> ProbeReport:
         )
 
     # Measures: k-NN, linear probe, effective rank, cosine to the teacher.
-    linear = linear_protocol(config)
     reports = []
     for name, model in models.items():
         teacher = (train["teacher"], val["teacher"]) if "teacher" in models and name != "teacher" else None
-        reports.append(measure(model, train[name], val[name], teacher, linear=linear, stage=stage))
+        reports.append(measure(model, train[name], val[name], teacher, sets=sets[name], linear=linear, stage=stage))
 
     # Report: json, table, figures.
     report = ProbeReport(
@@ -225,17 +227,22 @@ def measure(
     val: Features,
     teacher: tuple[Features, Features] | None,
     *,
+    sets: tuple[list[FeatureSet], list[FeatureSet]],
     linear: LinearProtocol,
     stage: Stage,
 ) -> ModelReport:
-    """All figures of one model; `teacher` holds the teacher's features of the same rows."""
+    """All figures of one model.
+
+    `teacher` holds the teacher's features of the same rows; `sets` the feature sets of the protocol that the
+    model has, and those that it is too shallow for.
+    """
     config, device = stage.config, stage.device
-    sets, left_out = feature_sets(config.layers, model_depth(model.entry.model))
+    present, left_out = sets
     train_cls, val_cls = train.cls[:, -1].to(device), val.cls[:, -1].to(device)
     with stage.timed("knn"):
         knn = knn_accuracy(train_cls, train.labels.to(device), val_cls, val.labels.to(device), k=config.knn_k)
     with stage.timed("linear"):
-        results = linear_probe(train, val, sets=sets, protocol=linear, device=device)
+        results = linear_probe(train, val, sets=present, protocol=linear, device=device)
     with stage.timed("label-free"):
         cosine = None
         if teacher is not None:
@@ -345,6 +352,10 @@ def read_data(config: ProbeConfig, run: TrainConfig | None) -> ProbeData:
         if len(labelled) == 0:
             raise UserError(f"{folder}: no row has a label. The probe needs labels; pack images with classes.")
         rows.append(labelled[subset_rows(len(labelled), limit=limit, seed=config.seed)])
+    if max(config.knn_k, default=0) > len(rows[0]):
+        raise UserError(
+            f"--knn_k {config.knn_k}: {train} gives {len(rows[0])} labelled rows, too few neighbours. Choose a smaller k."
+        )
     return ProbeData(Path(train), Path(val), rows[0], rows[1])
 
 

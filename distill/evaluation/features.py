@@ -96,8 +96,14 @@ def feature_sets(layers: Iterable[int], depth: int) -> tuple[list[FeatureSet], l
 
     Returns:
         (the sets that the model has, the sets left out because it has fewer blocks).
+
+    Raises:
+        UserError: no layer is given, or one below 1.
     """
-    sets = [FeatureSet(n, patch_mean) for n in sorted(set(layers)) for patch_mean in (False, True)]
+    layers = sorted(set(layers))
+    if not layers or layers[0] < 1:
+        raise UserError(f"--layers {layers}: each counts last blocks and must be at least 1. Use 1, or 1 4.")
+    sets = [FeatureSet(n, patch_mean) for n in layers for patch_mean in (False, True)]
     return [s for s in sets if s.blocks <= depth], [s for s in sets if s.blocks > depth]
 
 
@@ -217,6 +223,7 @@ def extract_patch_tokens(
         patches, _ = forward_features(entry.model, entry.normalise(crops), dtype=dtype, layers=1)[-1]
     finally:
         entry.model.train(was_training)
+    # Cloned outside inference mode: an inference tensor cannot enter a later computation with gradients.
     return patches.cpu().clone()
 
 
@@ -226,5 +233,4 @@ def _cls_and_mean(
     layers = min(layers, model_depth(entry.model))
     blocks = forward_features(entry.model, entry.normalise(images), dtype=dtype, layers=layers)
     cls = torch.stack([prefix[:, 0] for _, prefix in blocks], dim=1)  # [b, l, d]
-    # Cloned outside inference mode: inference tensors could not enter a later computation with gradients.
-    return cls.cpu().clone(), blocks[-1][0].mean(dim=1).cpu().clone()
+    return cls.cpu(), blocks[-1][0].mean(dim=1).cpu()

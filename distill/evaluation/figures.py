@@ -189,7 +189,7 @@ def accuracy_bars_figure(accuracies: Mapping[str, Mapping[str, float]]) -> Figur
     axis.set_xticks(range(len(measures)), measures)
     axis.set_ylabel("top-1, %")
     axis.set_ylim(0, 108)
-    axis.legend()
+    figure.legend(loc="outside upper center", ncols=len(names))
     return figure
 
 

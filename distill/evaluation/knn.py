@@ -123,15 +123,26 @@ def knn_top1(
         dtype: compute dtype.
         k: number of neighbours; the bank's size where that is smaller.
         temperature: of the vote.
+
+    Rows without a class (label -1) neither vote nor count.
+
+    Raises:
+        UserError: no labelled row among the bank or the queries.
     """
     known = extract_features(model, bank, normalise=normalise, device=device, dtype=dtype)
     asked = extract_features(model, queries, normalise=normalise, device=device, dtype=dtype)
-    k = min(k, len(known.labels))
+    voters, asking = known.labels >= 0, asked.labels >= 0
+    if not (voters.any() and asking.any()):
+        raise UserError(
+            f"k-NN during training: {int(voters.sum())} of {len(voters)} bank images and {int(asking.sum())} of "
+            f"{len(asking)} val images have a class. Pack labelled images, or set --knn_every_epochs 0."
+        )
+    k = min(k, int(voters.sum()))
     accuracy = knn_accuracy(
-        known.cls[:, -1].to(device),
-        known.labels.to(device),
-        asked.cls[:, -1].to(device),
-        asked.labels.to(device),
+        known.cls[voters, -1].to(device),
+        known.labels[voters].to(device),
+        asked.cls[asking, -1].to(device),
+        asked.labels[asking].to(device),
         k=[k],
         temperature=temperature,
     )

@@ -62,9 +62,11 @@ def fit_logistic(
     Optimization", alg. 7.4, and Armijo backtracking); the matrix products are shared, and a problem that has
     converged leaves them.
 
+    The problem is solved in the principal axes of the features, a rotation and a shift that leave it the same
+    problem; there the Hessian at W = 0 is nearly diagonal, and its inverse is where L-BFGS starts from.
+
     Args:
-        features: fp32 or fp64; the arithmetic's dtype. Best standardised: conditioning decides the
-            iterations.
+        features: fp32 or fp64; the arithmetic's dtype.
         labels: 0 .. num_classes - 1, on the same device.
         num_classes: c.
         regularisations: one lambda > 0 a problem.
@@ -74,15 +76,14 @@ def fit_logistic(
         start: a solution to start from (same p, c, d); zeros if absent.
         block_elements: logits computed at once; bounds the memory.
     """
-    problem = _Objective(features, labels, num_classes, regularisations, block_elements)
+    axes = _PrincipalAxes(features)
+    problem = _Objective(axes.to_axes(features), labels, num_classes, regularisations, block_elements)
     shape = (len(regularisations), num_classes, features.shape[1] + 1)
-    if start is None:
-        point = features.new_zeros(shape).flatten(1)
-    else:
-        point = torch.cat([start.weight, start.bias[:, :, None]], dim=2).flatten(1).clone()
-    active = torch.arange(len(point), device=point.device)
-    loss, gradient = problem(point, active)
-    memory = _CurvatureMemory(history, point)
+    point = features.new_zeros(shape) if start is None else axes.parameters(start.weight, start.bias)
+    point = point.flatten(1)
+    memory = _CurvatureMemory(history, problem.inverse_curvature(axes.variance))
+    everything = torch.arange(len(point), device=point.device)
+    loss, gradient = problem(point, everything)
     converged = gradient.abs().amax(dim=1) <= tolerance
     stalled = torch.zeros_like(converged)
     iterations = 0
@@ -91,10 +92,7 @@ def fit_logistic(
         if len(active) == 0:
             break
         direction = memory.direction(gradient)
-        slope = (direction * gradient).sum(dim=1)
-        # The first step has no curvature to scale it: a unit step at most.
-        unit = torch.clamp(1 / gradient.norm(dim=1), max=1.0) if iterations == 0 else torch.ones_like(slope)
-        step, new_loss, new_gradient = _backtrack(problem, point, direction, slope, loss, unit, active)
+        step, new_loss, new_gradient = _backtrack(problem, point, direction, gradient, loss, active)
         moved = step > 0
         stalled |= ~moved & ~converged
         change = step[:, None] * direction
@@ -104,14 +102,39 @@ def fit_logistic(
         gradient = torch.where(moved[:, None], new_gradient, gradient)
         converged |= gradient.abs().amax(dim=1) <= tolerance
         iterations += 1
-    solution = point.unflatten(1, shape[1:])
-    return LogisticFit(
-        weight=solution[:, :, :-1].contiguous(),
-        bias=solution[:, :, -1].contiguous(),
-        loss=loss,
-        converged=converged,
-        iterations=iterations,
-    )
+    weight, bias = axes.from_axes(point.unflatten(1, shape[1:]))
+    return LogisticFit(weight=weight, bias=bias, loss=loss, converged=converged, iterations=iterations)
+
+
+class _PrincipalAxes:
+    """Features centred and rotated to their principal axes, and classifiers to and from there.
+
+    A rotation keeps ||W||, and the bias, which is not regularised, takes up the shift.
+    """
+
+    def __init__(self, features: Float[Tensor, "n d"]) -> None:
+        self.mean = features.mean(dim=0)
+        dim = features.shape[1]
+        covariance = torch.zeros(dim, dim, dtype=torch.float64, device=features.device)
+        for rows in features.split(max(1, BLOCK_ELEMENTS // dim)):
+            centred = rows - self.mean
+            covariance += (centred.T @ centred).double() / len(features)
+        variance, rotation = torch.linalg.eigh(covariance)
+        self.variance = variance.clamp_min(0).to(features.dtype)
+        self.rotation = rotation.to(features.dtype)  # columns are axes
+
+    def to_axes(self, features: Tensor) -> Tensor:
+        """Coordinates of the features, [n, d]."""
+        return (features - self.mean) @ self.rotation
+
+    def parameters(self, weight: Float[Tensor, "p c d"], bias: Float[Tensor, "p c"]) -> Float[Tensor, "p c e"]:
+        """Weights and, last, bias of the same classifiers on the coordinates; e = d + 1."""
+        return torch.cat([weight @ self.rotation, (bias + weight @ self.mean)[:, :, None]], dim=2)
+
+    def from_axes(self, parameters: Float[Tensor, "p c e"]) -> tuple[Tensor, Tensor]:
+        """Weights and biases on the features themselves."""
+        weight = parameters[:, :, :-1] @ self.rotation.T
+        return weight, parameters[:, :, -1] - weight @ self.mean
 
 
 class _Objective:
@@ -130,6 +153,14 @@ class _Objective:
         self.num_classes = num_classes
         self.regularisations = torch.tensor(list(regularisations), dtype=features.dtype, device=features.device)
         self.block_elements = block_elements
+
+    def inverse_curvature(self, variance: Float[Tensor, " d"]) -> Float[Tensor, "p e"]:
+        """Diagonal of the inverse Hessian at W = 0 on principal axes, where softmax has curvature 1 / c."""
+        variance = torch.cat([variance, variance.new_ones(1)])  # [d + 1]; the bias sees a constant 1
+        strength = self.regularisations[:, None].expand(-1, len(variance)).clone()
+        strength[:, -1] = 0
+        inverse = 1 / (variance / self.num_classes + strength)  # [p, d + 1]
+        return inverse[:, None].expand(-1, self.num_classes, -1).flatten(1)
 
     def __call__(self, point: Float[Tensor, "p e"], chosen: Tensor) -> tuple[Tensor, Tensor]:
         """Loss fp64 [p] and gradient [p, e]; rows outside `chosen` are zero and cost nothing."""
@@ -165,18 +196,19 @@ class _Objective:
 class _CurvatureMemory:
     """The last `history` pairs (step, change of gradient) of every problem."""
 
-    def __init__(self, history: int, point: Float[Tensor, "p e"]) -> None:
+    def __init__(self, history: int, inverse_curvature: Float[Tensor, "p e"]) -> None:
         self.history = history
+        self.inverse_curvature = inverse_curvature
         self.pairs: list[tuple[Tensor, Tensor, Tensor]] = []  # s [p, e], y [p, e], 1 / (s.y) [p]
-        self.scale = torch.ones(len(point), dtype=point.dtype, device=point.device)
+        self.scale = torch.ones_like(inverse_curvature[:, 0])
 
     def add(self, step: Tensor, change: Tensor) -> None:
         """Append one pair a problem; a pair without positive curvature is kept inert (1 / (s.y) = 0)."""
         curvature = (step * change).sum(dim=1)
-        squared = change.square().sum(dim=1)
-        valid = curvature > torch.finfo(step.dtype).eps * squared
+        expected = (change.square() * self.inverse_curvature).sum(dim=1)
+        valid = curvature > torch.finfo(step.dtype).eps * expected
         inverse = torch.where(valid, 1 / torch.where(valid, curvature, 1.0), 0.0)
-        self.scale = torch.where(valid, curvature / torch.where(valid, squared, 1.0), self.scale)
+        self.scale = torch.where(valid, curvature / torch.where(valid, expected, 1.0), self.scale)
         self.pairs = [*self.pairs[-self.history + 1 :], (step, change, inverse)]
 
     def direction(self, gradient: Tensor) -> Tensor:
@@ -187,7 +219,7 @@ class _CurvatureMemory:
             weight = inverse * (step * result).sum(dim=1)
             result -= weight[:, None] * change
             weights.append(weight)
-        result *= self.scale[:, None]
+        result *= self.scale[:, None] * self.inverse_curvature
         for (step, change, inverse), weight in zip(self.pairs, reversed(weights), strict=True):
             correction = weight - inverse * (change * result).sum(dim=1)
             result += correction[:, None] * step
@@ -198,17 +230,17 @@ def _backtrack(
     problem: _Objective,
     point: Tensor,
     direction: Tensor,
-    slope: Tensor,
+    gradient: Tensor,
     loss: Tensor,
-    unit: Tensor,
     active: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Halve each problem's step until Armijo's condition holds; a step of 0 where it never did."""
+    """Halve each problem's step from 1 until Armijo's condition holds; a step of 0 where it never did."""
+    slope = (direction * gradient).sum(dim=1)
     step = torch.zeros_like(slope)
     new_loss, new_gradient = torch.zeros_like(loss), torch.zeros_like(point)
     # Near the solution the decrease falls below the rounding of the loss: within it, a step counts as one.
     slack = torch.finfo(point.dtype).eps * loss.abs()
-    pending, trial = active, unit.clone()
+    pending, trial = active, torch.ones_like(slope)
     for _ in range(MAX_HALVINGS):
         trial_loss, trial_gradient = problem(point + trial[:, None] * direction, pending)
         accepted = trial_loss <= loss + ARMIJO * (trial * slope).double() + slack

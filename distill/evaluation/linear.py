@@ -30,6 +30,13 @@ class LbfgsProtocol:
     tolerance: float = 1e-5
     max_iterations: int = 1000
 
+    def __post_init__(self) -> None:
+        if not self.regularisations or min(self.regularisations) <= 0:
+            raise UserError(
+                f"--regularisations {self.regularisations}: each must be above 0, and there must be one. "
+                "Without any, separable classes have no solution. Use for instance 1e-6."
+            )
+
 
 @dataclass(frozen=True)
 class LinearProtocol:
@@ -151,7 +158,7 @@ def _solve_lbfgs(name: str, data: _Data, protocol: LinearProtocol) -> LinearResu
     # Strongest first: of equal accuracies on the held-out part, the first is taken.
     grid = sorted(settings.regularisations, reverse=True)
     mean, scale = _standardisation(data.train[: data.num_fit])
-    train = (data.train - mean) * scale
+    train = data.train.sub_(mean).mul_(scale)  # in place: the largest matrix of the probe
     common = {
         "num_classes": len(data.classes),
         "tolerance": settings.tolerance,

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from distill.evaluation.lbfgs import LogisticFit
+from shards.errors import UserError
 
 DINOV2_LEARNING_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
 
@@ -30,6 +31,13 @@ class SgdProtocol:
     steps: int = 12_500
     batch_size: int = 1024
     momentum: float = 0.9
+
+    def __post_init__(self) -> None:
+        if not self.learning_rates or min(self.learning_rates) <= 0 or self.steps < 1:
+            raise UserError(
+                f"--learning_rates {self.learning_rates}, --sgd_steps {self.steps}: rates must be above 0, and "
+                "there must be one rate and one step at least."
+            )
 
 
 def fit_sgd(
@@ -73,17 +81,17 @@ def fit_sgd(
         rows = order[place : place + batch_size].to(features.device)
         place += batch_size
         batch, target = features[rows], labels[rows]
-        logits = torch.einsum("rd,pcd->prc", batch, weight) + bias[:, None]
+        logits = torch.addmm(bias.flatten(), batch, weight.flatten(0, 1).T).unflatten(1, bias.shape)  # [r, p, c]
         log_probs = logits.log_softmax(dim=2)
-        index = target[None, :, None].expand(len(learning_rates), -1, 1)
+        index = target[:, None, None].expand(-1, len(learning_rates), 1)
         error = log_probs.exp().scatter_add(2, index, torch.full_like(logits[:, :, :1], -1.0)) / batch_size
-        weight_velocity.mul_(protocol.momentum).add_(torch.einsum("prc,rd->pcd", error, batch))
-        bias_velocity.mul_(protocol.momentum).add_(error.sum(dim=1))
+        weight_velocity.mul_(protocol.momentum).add_((error.flatten(1).T @ batch).view_as(weight))
+        bias_velocity.mul_(protocol.momentum).add_(error.sum(dim=0))
         rate = peak * (0.5 * (1 + math.cos(math.pi * step / protocol.steps)))
         weight -= rate[:, None, None] * weight_velocity
         bias -= rate[:, None] * bias_velocity
         if step == protocol.steps - 1:
-            loss = -log_probs.gather(2, index).mean(dim=(1, 2))
+            loss = -log_probs.gather(2, index).mean(dim=(0, 2))
     return LogisticFit(
         weight=weight,
         bias=bias,

@@ -89,7 +89,7 @@ def load_source(source: str, context: SourceContext) -> ProbedModel:
         context: the run, image size, device and seed.
 
     Raises:
-        UserError: unknown kind, or what the named loader raises.
+        UserError: unknown kind, an image size that the patch size does not divide, or what the loader raises.
     """
     kind, _, rest = source.partition(":")
     loaders: dict[str, Callable[[str, str, SourceContext], ProbedModel]] = {
@@ -102,7 +102,14 @@ def load_source(source: str, context: SourceContext) -> ProbedModel:
     takes_argument = {"run": bool(rest) or source == "run", "timm": bool(rest), "export": bool(rest)}
     if kind not in loaders or not takes_argument.get(kind, source == kind):
         raise UserError(f"model {source!r}: not a model source. Give one of {KINDS}.")
-    return loaders[kind](source, rest, context)
+    model = loaders[kind](source, rest, context)
+    patch = int(model.entry.model.patch_embed.patch_size[0])  # type: ignore[union-attr, index, arg-type]
+    if context.img_size % patch:
+        raise UserError(
+            f"model {source!r}: its patches are {patch} px, and the crops of {context.img_size} px do not divide "
+            f"into them. Pass an --img_size that is a multiple of {patch}."
+        )
+    return model
 
 
 def _load_run(source: str, folder: str, context: SourceContext) -> ProbedModel:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from timm.models.eva import Eva
-from torch import Tensor
+from torch import Tensor, nn
 
 from distill.evaluation.knn import knn_accuracy, knn_predict, knn_top1
 from distill.models import create_vit
@@ -94,30 +94,40 @@ class Crops:
     labels: Tensor
 
 
-def coloured(num_rows: int, seed: int) -> list[Crops]:
+def coloured(num_rows: int, seed: int, unlabelled: int = 0) -> list[Crops]:
     """Noisy images whose mean colour is their class, in two batches, the second partial."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(3, (num_rows,), generator=generator)
     pixels = torch.randint(0, 60, (num_rows, 16, 16, 3), generator=generator, dtype=torch.uint8)
     pixels[torch.arange(num_rows), :, :, labels] += 150
+    labels[:unlabelled] = -1
     halves = zip(torch.arange(num_rows).split(20), pixels.split(20), labels.split(20), strict=True)
     return [Crops(rows.numpy(), crops, classes) for rows, crops, classes in halves]
 
 
-def test_a_model_in_training_is_scored_and_put_back() -> None:
+def small_vit() -> nn.Module:
     torch.manual_seed(0)
-    model = create_vit(
-        "vit_small",
-        patch_size=8,
-        model_args={"embed_dim": 32, "depth": 2, "num_heads": 2, "init_values": 1.0},
-    )
-    assert isinstance(model, Eva)
-    model.train()
-    scored = [
-        knn_top1(model, coloured(64, 1), coloured(30, 2), normalise=normalise, device="cpu", k=k) for k in (5, 1000)
-    ]
-    # Mean colour survives a random ViT. k is cut to the bank's 64 rows, where the largest class does not win
-    # all.
-    assert scored[0] == 100
-    assert scored[1] > 60
+    args = {"embed_dim": 32, "depth": 2, "num_heads": 2, "init_values": 1.0}
+    return create_vit("vit_small", patch_size=8, model_args=args)
+
+
+def test_a_model_in_training_is_scored_and_put_back() -> None:
+    model = small_vit().train()
+    options: dict[str, Any] = {"normalise": normalise, "device": "cpu"}
+    # Mean colour survives a random ViT.
+    assert knn_top1(model, coloured(64, 1), coloured(30, 2), k=5, **options) == 100
+    # k is cut to the 64 rows of the bank, which then all vote.
+    bank, queries = coloured(64, 1), coloured(30, 2)
+    assert knn_top1(model, bank, queries, k=1000, **options) == knn_top1(model, bank, queries, k=64, **options)
     assert model.training
+    # Nothing made without gradients may have stayed in the model.
+    model(normalise(coloured(4, 3)[0].crops)).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_unlabelled_rows_neither_vote_nor_count() -> None:
+    model = small_vit()
+    bank, queries = coloured(64, 1, unlabelled=20), coloured(40, 2, unlabelled=20)
+    assert knn_top1(model, bank, queries, k=5, normalise=normalise, device="cpu") == 100
+    with pytest.raises(UserError, match="0 of 64 bank images and 20 of 40 val images have a class"):
+        knn_top1(model, coloured(64, 1, unlabelled=64), queries, normalise=normalise, device="cpu")

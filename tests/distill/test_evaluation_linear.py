@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from distill.evaluation.features import Features, FeatureSet
 from distill.evaluation.lbfgs import fit_logistic
-from distill.evaluation.linear import LinearProtocol, LinearResult, best_result, linear_probe
+from distill.evaluation.linear import LbfgsProtocol, LinearProtocol, LinearResult, best_result, linear_probe
 from distill.evaluation.sgd_probe import SgdProtocol, fit_sgd
 from distill.evaluation.split import held_out_split, subset_rows
 from shards.errors import UserError
@@ -107,7 +107,23 @@ def test_a_start_at_the_solution_takes_no_iteration() -> None:
     fit = fit_logistic(features, labels, num_classes=4, regularisations=[1e-2])
     again = fit_logistic(features, labels, num_classes=4, regularisations=[1e-2], start=fit)
     assert again.iterations == 0
-    assert torch.equal(again.weight, fit.weight)
+    # To the principal axes and back: two products in fp64.
+    torch.testing.assert_close(again.weight, fit.weight, atol=1e-12, rtol=0)
+
+
+def test_nearly_collinear_features_converge() -> None:
+    features, labels = clusters(600, 5, 12, seed=19, spread=1.5)
+    scales = torch.logspace(0, -2.5, 12, dtype=torch.float64)
+    rotation = torch.linalg.qr(torch.randn(12, 12, generator=torch.Generator().manual_seed(4), dtype=torch.float64)).Q
+    collinear = (features * scales) @ rotation + 3.0  # variances over five decades, off centre
+    fit = fit_logistic(collinear.float(), labels, num_classes=5, regularisations=[1e-6, 1e-3], max_iterations=200)
+    assert fit.converged.all()
+    reference = LogisticRegression(C=1 / (1e-3 * len(labels)), tol=1e-8, max_iter=5000)
+    reference.fit(collinear.numpy(), labels.numpy())
+    # fp32 features around 3 with entries of W up to 30: products carry 1e-5, the gradient stops at 1e-5.
+    loss = -np.log(reference.predict_proba(collinear.numpy())[np.arange(600), labels.numpy()]).mean()
+    loss += 0.5e-3 * (reference.coef_**2).sum()
+    assert fit.loss[1].item() == pytest.approx(loss, abs=1e-4)
 
 
 def test_sgd_equals_torchs_sgd_for_each_learning_rate() -> None:
@@ -289,6 +305,10 @@ def test_bad_probe_input_says_what_to_do() -> None:
     good, sets = as_features(train, labels), [FeatureSet(1, False)]
     with pytest.raises(UserError, match=r"'newton' is not known. Choose lbfgs or sgd"):
         linear_probe(good, good, sets=sets, protocol=LinearProtocol(solver="newton"), device="cpu")
+    with pytest.raises(UserError, match=r"--regularisations \(0.1, 0\): each must be above 0"):
+        LbfgsProtocol(regularisations=(0.1, 0))
+    with pytest.raises(UserError, match="--sgd_steps 0: rates must be above 0"):
+        SgdProtocol(steps=0)
     with pytest.raises(UserError, match="Add 1 to --layers"):
         linear_probe(good, good, sets=[], protocol=LinearProtocol(), device="cpu")
     with pytest.raises(UserError, match="1 classes in train"):

@@ -150,6 +150,12 @@ def test_bad_data_is_named(trained: Fixture, tmp_path: Path) -> None:
         probe.probe(probe.ProbeConfig(output=str(tmp_path), device="cpu"))
     with pytest.raises(UserError, match="Neither --run nor --output"):
         probe.probe(probe.ProbeConfig())
+    with pytest.raises(UserError, match=r"'run': its patches are 8 px, and the crops of 36 px.*multiple of 8"):
+        probe.probe(replace(trained.options, img_size=36))
+    with pytest.raises(UserError, match=r"--knn_k \(5, 61\): .*train gives 60 labelled rows"):
+        probe.probe(replace(trained.options, knn_k=(5, 61)))
+    with pytest.raises(UserError, match="each counts last blocks"):
+        probe.probe(replace(trained.options, layers=(0, 1)))
     with pytest.raises(UserError, match="each one once"):
         probe.probe(replace(trained.options, models=("run", "run")))
 

@@ -1,0 +1,61 @@
+"""Features, k-NN and the batched L-BFGS on a GPU against the CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from distill.evaluation.features import FeatureModel, extract_patch_tokens
+from distill.evaluation.knn import knn_predict
+from distill.evaluation.lbfgs import fit_logistic
+from distill.models import create_vit
+from pipeline.batch import normalise
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+# bf16 rounds at 2^-9; each of two blocks and the norm adds a few such roundings.
+BFLOAT16_ERROR = 10 * 2**-9
+# A gradient of 1e-5 in each of 78 entries at a curvature of 1e-3 moves the loss by at most g^2 / (2 lambda).
+LOSS_ERROR = 4e-6
+
+
+def clusters(num_rows: int, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(6, dim, generator=generator)
+    labels = torch.randint(6, (num_rows,), generator=generator)
+    return centres[labels] + torch.randn(num_rows, dim, generator=generator), labels
+
+
+def test_logistic_regression_reaches_the_loss_of_the_cpu() -> None:
+    features, labels = clusters(500, 12)
+    strengths = [1e-3, 1e-1]
+    there, here = (
+        fit_logistic(features.to(device), labels.to(device), num_classes=6, regularisations=strengths)
+        for device in ("cuda", "cpu")
+    )
+    assert there.converged.all()
+    torch.testing.assert_close(there.loss.cpu(), here.loss, atol=LOSS_ERROR, rtol=0)
+
+
+def test_neighbours_vote_as_on_the_cpu() -> None:
+    bank, labels = clusters(2000, 16)
+    queries = bank + 0.1
+    there = knn_predict(bank.cuda(), labels.cuda(), queries.cuda(), k=[1, 20])
+    here = knn_predict(bank, labels, queries, k=[1, 20])
+    for k in (1, 20):
+        # Sums of votes that tie to the last digit may fall either way: one query in two hundred.
+        assert (there[k].cpu() != here[k]).double().mean() <= 0.005
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-4), (torch.bfloat16, BFLOAT16_ERROR)])
+def test_tokens_agree_with_the_cpu(dtype: torch.dtype, bound: float) -> None:
+    torch.manual_seed(0)
+    args = {"embed_dim": 64, "depth": 2, "num_heads": 2, "init_values": 1.0}
+    model = create_vit("vit_small", patch_size=8, model_args=args)
+    crops = torch.randint(0, 256, (4, 48, 48, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    here = extract_patch_tokens(FeatureModel(model, normalise), crops)
+    there = extract_patch_tokens(FeatureModel(model.cuda(), normalise), crops.cuda(), dtype=dtype)
+    assert (there - here).norm() / here.norm() < bound

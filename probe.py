@@ -38,7 +38,7 @@ from distill.evaluation.features import (
 from distill.evaluation.knn import TEMPERATURE, knn_accuracy
 from distill.evaluation.linear import LbfgsProtocol, LinearProtocol, best_result, linear_probe
 from distill.evaluation.metrics import cosine_to_teacher, rankme
-from distill.evaluation.pca import fit_patch_basis, map_to_teacher
+from distill.evaluation.pca import paint_patches
 from distill.evaluation.report import ModelReport, ProbeReport, Protocol, results_table, write_probe_json
 from distill.evaluation.sgd_probe import SgdProtocol
 from distill.evaluation.sources import ProbedModel, SourceContext, load_source, read_run
@@ -283,8 +283,7 @@ def write_figures(
 def pca_figure(entries: Mapping[str, FeatureModel], data: ProbeData, stage: Stage) -> Figure:
     """Val images beside each model's patch features, painted in the teacher's principal components.
 
-    The basis and the maps from the other models to the teacher are fitted on train images, none of them
-    shown. A model of another patch grid than the teacher's is left out.
+    Basis and maps are fitted on train images, none of them shown.
     """
     seed = stage.config.seed
     fit_rows = data.train_rows[subset_rows(len(data.train_rows), limit=PCA_FIT_IMAGES, seed=seed)]
@@ -293,18 +292,13 @@ def pca_figure(entries: Mapping[str, FeatureModel], data: ProbeData, stage: Stag
         torch.cat([batch.crops for batch in stage.crops(shards, rows, "PCA images")]).to(stage.device)
         for shards, rows in ((data.train_shards, fit_rows), (data.val_shards, shown_rows))
     )
-    tokens = {
-        name: tuple(extract_patch_tokens(entry, crops, dtype=stage.dtype) for crops in (fit_crops, shown_crops))
-        for name, entry in entries.items()
-    }
-    teacher_fit, teacher_shown = tokens["teacher"]
-    basis = fit_patch_basis(teacher_fit)
-    colours = {"teacher": basis.colours(teacher_shown)}
-    for name, (fit, shown) in tokens.items():
-        if name != "teacher" and fit.shape[1] == teacher_fit.shape[1]:
-            colours[name] = basis.colours(map_to_teacher(fit, teacher_fit, shown, ridge=RIDGE))
-        elif name != "teacher":
-            print(f"{name}: {fit.shape[1]} patches, the teacher has {teacher_fit.shape[1]}: not in patch_pca.png")
+    fit, shown = (
+        {name: extract_patch_tokens(entry, crops, dtype=stage.dtype) for name, entry in entries.items()}
+        for crops in (fit_crops, shown_crops)
+    )
+    colours, left_out = paint_patches(fit, shown, teacher="teacher", ridge=RIDGE)
+    if left_out:
+        print(f"not in patch_pca.png, another patch grid than the teacher's: {', '.join(left_out)}")
     return figures.patch_pca_figure(shown_crops, colours)
 
 
@@ -354,7 +348,8 @@ def read_data(config: ProbeConfig, run: TrainConfig | None) -> ProbeData:
         rows.append(labelled[subset_rows(len(labelled), limit=limit, seed=config.seed)])
     if max(config.knn_k, default=0) > len(rows[0]):
         raise UserError(
-            f"--knn_k {config.knn_k}: {train} gives {len(rows[0])} labelled rows, too few neighbours. Choose a smaller k."
+            f"--knn_k {config.knn_k}: {train} gives {len(rows[0])} labelled rows, too few neighbours. "
+            "Choose a smaller k."
         )
     return ProbeData(Path(train), Path(val), rows[0], rows[1])
 

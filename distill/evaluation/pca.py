@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -94,3 +95,34 @@ def map_to_teacher(
         )
     mapping = fit_linear_map(student_fit.flatten(0, 1), teacher_fit.flatten(0, 1), ridge=ridge)
     return mapping(student_tokens)
+
+
+def paint_patches(
+    fit: Mapping[str, Float[Tensor, "b n d"]],
+    shown: Mapping[str, Float[Tensor, "m n d"]],
+    *,
+    teacher: str,
+    ridge: float = 1e-3,
+) -> tuple[dict[str, Float[Tensor, "m n 3"]], list[str]]:
+    """Paint several models' patch tokens in one basis, the teacher's.
+
+    Args:
+        fit: patch tokens by model over images that basis and maps are fitted on.
+        shown: patch tokens by model over other images, to be painted.
+        teacher: the key of the model whose basis it is.
+        ridge: of the maps to the teacher; see `fit_linear_map`.
+
+    Returns:
+        (RGB in 0..1 by model, the teacher first; models left out because their patch grid is another).
+    """
+    basis = fit_patch_basis(fit[teacher])
+    colours = {teacher: basis.colours(shown[teacher])}
+    left_out = []
+    for name, tokens in fit.items():
+        if name == teacher:
+            continue
+        if tokens.shape[1] != fit[teacher].shape[1]:
+            left_out.append(name)
+            continue
+        colours[name] = basis.colours(map_to_teacher(tokens, fit[teacher], shown[name], ridge=ridge))
+    return colours, left_out

@@ -103,7 +103,7 @@ def load_source(source: str, context: SourceContext) -> ProbedModel:
     if kind not in loaders or not takes_argument.get(kind, source == kind):
         raise UserError(f"model {source!r}: not a model source. Give one of {KINDS}.")
     model = loaders[kind](source, rest, context)
-    patch = int(model.entry.model.patch_embed.patch_size[0])  # type: ignore[union-attr, index, arg-type]
+    patch = int(model.entry.model.patch_embed.patch_size[0])  # type: ignore[union-attr, index]
     if context.img_size % patch:
         raise UserError(
             f"model {source!r}: its patches are {patch} px, and the crops of {context.img_size} px do not divide "

@@ -21,7 +21,7 @@ from distill.evaluation.features import (
     model_depth,
 )
 from distill.evaluation.metrics import cosine_to_teacher, fit_linear_map, rankme
-from distill.evaluation.pca import HIGH, LOW, fit_patch_basis, map_to_teacher, quantile
+from distill.evaluation.pca import HIGH, LOW, fit_patch_basis, map_to_teacher, paint_patches, quantile
 from distill.models import create_vit
 from pipeline.batch import normalise
 from shards.errors import UserError
@@ -178,6 +178,17 @@ def test_a_rotated_student_is_painted_like_its_teacher() -> None:
     basis = fit_patch_basis(teacher)
     mapped = map_to_teacher(student[:8], teacher[:8], student[8:], ridge=1e-9)
     torch.testing.assert_close(basis.colours(mapped), basis.colours(teacher[8:]), atol=1e-4, rtol=0)
+    coarse = teacher[:, :4]
+    colours, left_out = paint_patches(
+        {"coarse": coarse[:8], "student": student[:8], "teacher": teacher[:8]},
+        {"coarse": coarse[8:], "student": student[8:], "teacher": teacher[8:]},
+        teacher="teacher",
+        ridge=1e-9,
+    )
+    assert list(colours) == ["teacher", "student"]
+    assert left_out == ["coarse"]
+    assert torch.equal(colours["teacher"], fit_patch_basis(teacher[:8]).colours(teacher[8:]))
+    torch.testing.assert_close(colours["student"], colours["teacher"], atol=1e-4, rtol=0)
     with pytest.raises(UserError, match="the student has 9 patches an image, the teacher 16"):
         map_to_teacher(student[:8, :9], teacher[:8], student[8:])
     with pytest.raises(UserError, match="3 patch tokens of dimension 8"):

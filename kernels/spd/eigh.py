@@ -7,6 +7,7 @@ import logging
 import torch
 from torch import Tensor
 
+from kernels.spd import triton_launch
 from kernels.spd.solver import batched_eigh
 
 logger = logging.getLogger(__name__)
@@ -42,24 +43,49 @@ def _decompose(matrices: Tensor) -> tuple[Tensor, Tensor]:
 
 def eigh_logm(matrices: Tensor) -> Tensor:
     """Matrix logarithm, [b, n, n] -> [b, n, n]."""
+    if triton_launch.jacobi_fits(matrices):
+        return triton_launch.jacobi(matrices, None, "log")[1]
     eigenvalues, vectors = _decompose(matrices)
-    return (vectors * eigenvalues.log()[:, None, :]) @ vectors.mT
+    if triton_launch.spectral_fits(matrices):
+        return triton_launch.log_map(eigenvalues, vectors, None, write=True)[1]
+    return _log_map(eigenvalues, vectors)
 
 
 def eigh_logm_backward(matrices: Tensor, grad: Tensor) -> Tensor:
     """Gradient in A of sum(grad * log A), all [b, n, n]."""
+    symmetric = 0.5 * (grad + grad.mT)
+    if triton_launch.jacobi_fits(matrices):
+        return triton_launch.jacobi(matrices, symmetric, "pullback")[1]
     eigenvalues, vectors = _decompose(matrices)
-    return _spectral_gradient(eigenvalues, vectors, 0.5 * (grad + grad.mT))
+    if triton_launch.spectral_fits(matrices):
+        return triton_launch.spectral_gradient(eigenvalues, vectors, symmetric)
+    return _spectral_gradient(eigenvalues, vectors, symmetric)
 
 
 def eigh_loss(matrices: Tensor, target: Tensor, with_grad: bool) -> tuple[Tensor, Tensor]:
     """||log A - T||_F^2 of each matrix, [b], and its gradient in A, [b, n, n] (or [0] if not wanted)."""
+    if triton_launch.jacobi_fits(matrices):
+        return triton_launch.jacobi(matrices, target, "loss_and_gradient" if with_grad else "loss")
     eigenvalues, vectors = _decompose(matrices)
-    difference = (vectors * eigenvalues.log()[:, None, :]) @ vectors.mT - target
+    if triton_launch.spectral_fits(matrices):
+        distance, upstream = triton_launch.log_map(eigenvalues, vectors, target, write=with_grad)
+        if not with_grad:
+            return distance, upstream
+        return distance, triton_launch.spectral_gradient(eigenvalues, vectors, upstream)
+    return plain_eigh_loss(eigenvalues, vectors, target, with_grad)
+
+
+def plain_eigh_loss(eigenvalues: Tensor, vectors: Tensor, target: Tensor, with_grad: bool) -> tuple[Tensor, Tensor]:
+    """The same by torch's own products, on any device and in fp64."""
+    difference = _log_map(eigenvalues, vectors) - target
     distance = difference.square().sum(dim=(-2, -1))
     if not with_grad:
-        return distance, matrices.new_empty(0)
+        return distance, vectors.new_empty(0)
     return distance, _spectral_gradient(eigenvalues, vectors, 2 * difference)
+
+
+def _log_map(eigenvalues: Tensor, vectors: Tensor) -> Tensor:
+    return (vectors * eigenvalues.log()[:, None, :]) @ vectors.mT
 
 
 def _spectral_gradient(eigenvalues: Tensor, vectors: Tensor, upstream: Tensor) -> Tensor:

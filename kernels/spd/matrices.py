@@ -95,8 +95,7 @@ class TokenReduction:
             return f"SPD loss on all {height * width} tokens"
         verb = "averages" if self.method == "pool" else "takes one of"
         return (
-            f"SPD loss {verb} each {self.factor} x {self.factor} window: "
-            f"{self.num_tokens} of {height * width} tokens"
+            f"SPD loss {verb} each {self.factor} x {self.factor} window: {self.num_tokens} of {height * width} tokens"
         )
 
 
@@ -106,8 +105,7 @@ def plan_reduction(
     """The smallest window that leaves at most `limit` tokens of a (height, width) grid; `str` says it."""
     if min(grid) < 1 or limit < 1:
         raise ValueError(
-            f"grid, limit: positive sizes are needed, got {grid}, {limit}. "
-            "Pass the token grid (height, width)."
+            f"grid, limit: positive sizes are needed, got {grid}, {limit}. Pass the token grid (height, width)."
         )
     if method not in ("pool", "sample"):
         raise ValueError(f"method: 'pool' or 'sample' is needed, got {method!r}. Choose one of the two.")

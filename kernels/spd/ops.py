@@ -40,9 +40,7 @@ def _(matrices: Tensor, grad: Tensor, eps: float, backend: str) -> Tensor:
 
 
 @torch.library.custom_op("firn_spd::log_loss", mutates_args=())
-def log_loss_op(
-    matrices: Tensor, target: Tensor, eps: float, backend: str, with_grad: bool
-) -> tuple[Tensor, Tensor]:
+def log_loss_op(matrices: Tensor, target: Tensor, eps: float, backend: str, with_grad: bool) -> tuple[Tensor, Tensor]:
     """||log A - T||_F^2 [b] and, in the same pass, its gradient in A [b, n, n] ([0] without `with_grad`)."""
     name = choice.resolve(backend, matrices)
     with full_fp32(matrices.device):

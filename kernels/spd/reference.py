@@ -44,8 +44,6 @@ def reference_loss_and_gradient(
     eigenvalues, vectors = torch.linalg.eigh(matrix.detach().double().cpu())
     difference = vectors @ torch.diag(eigenvalues.log()) @ vectors.T - target.detach().double().cpu()
     values = [float(value) for value in eigenvalues]
-    loewner = torch.tensor(
-        [[log_divided_difference(a, b) for b in values] for a in values], dtype=torch.float64
-    )
+    loewner = torch.tensor([[log_divided_difference(a, b) for b in values] for a in values], dtype=torch.float64)
     gradient = 2 / n * vectors @ (loewner * (vectors.T @ difference @ vectors)) @ vectors.T
     return float(difference.square().sum()) / n, gradient

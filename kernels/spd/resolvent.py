@@ -39,9 +39,7 @@ def resolvent_loss(matrices: Tensor, target: Tensor, eps: float, with_grad: bool
     return cholesky_loss(matrices, target, rational, with_grad)
 
 
-def cholesky_loss(
-    matrices: Tensor, target: Tensor, rational: RationalLog, with_grad: bool
-) -> tuple[Tensor, Tensor]:
+def cholesky_loss(matrices: Tensor, target: Tensor, rational: RationalLog, with_grad: bool) -> tuple[Tensor, Tensor]:
     """The loss by batched Cholesky factors, on any device."""
     inverses = scaled_resolvents(matrices, rational)
     difference = _weighted_log(inverses, rational) - target

@@ -1,0 +1,172 @@
+"""Compiles the Triton kernels ahead of time, without a GPU, and reads what each one needs of an SM.
+
+`python -m kernels.spd.compile_report` prints the table for sm_80, sm_90 and sm_100.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kernels.spd import triton_launch as launch
+
+TARGETS = (80, 90, 100)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kernel with the constants that the launches give it."""
+
+    name: str
+    kernel: Any
+    signature: dict[str, Any]
+    constants: dict[str, Any]
+    options: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What the assembler says of one compiled kernel; bytes and 32-bit registers a thread, shared a program."""
+
+    registers: int
+    stack_bytes: int
+    """Spilled registers live here: 0 means that nothing is spilled."""
+    shared_bytes: int
+
+
+def _signature(pointers: dict[str, str], scalars: dict[str, Any], constants: dict[str, Any]) -> dict[str, Any]:
+    signature: dict[str, Any] = {name: f"*{dtype}" for name, dtype in pointers.items()}
+    return signature | scalars | dict.fromkeys(constants, "constexpr")
+
+
+def _resolvent_variants(num_poles: int) -> Iterator[Variant]:
+    from kernels.spd.triton_combine import combine_kernel
+    from kernels.spd.triton_resolvent import resolvent_kernel
+
+    weights = ("fp32",) * num_poles
+    constants: dict[str, Any] = {"NUM_POLES": num_poles, "TILE": launch.RESOLVENT_TILE}
+    pointers = dict.fromkeys(("matrices", "work", "panels"), "fp32")
+    scalars: dict[str, Any] = {"poles": weights, "n": "i32", "num_tiles": "i32"}
+    signature = _signature(pointers, scalars, constants)
+    name = f"resolvent, {num_poles} poles"
+    yield Variant(name, resolvent_kernel, signature, constants, launch.RESOLVENT_OPTIONS)
+    pointers = dict.fromkeys(("work", "target", "log", "partials"), "fp32")
+    pointers |= {"upstream": "fp16", "operands": "fp16"}
+    scalars = {"residues": weights, "constant": "fp32", "n": "i32", "num_tiles": "i32", "padded": "i32"}
+    for name, target, log, operands in (
+        ("loss and gradient", True, False, True),
+        ("loss", True, False, False),
+        ("logarithm", False, True, False),
+        ("pullback", False, False, True),
+    ):
+        flags = {"HAS_TARGET": target, "WRITE_LOG": log, "WRITE_OPERANDS": operands}
+        yield Variant(
+            f"combine, {num_poles} poles, {name}",
+            combine_kernel,
+            _signature(pointers, scalars, constants | flags),
+            constants | flags,
+            launch.COMBINE_OPTIONS,
+        )
+
+
+def _jacobi_variants(size: int) -> Iterator[Variant]:
+    from kernels.spd.triton_jacobi import jacobi_kernel
+
+    pointers = dict.fromkeys(("matrices", "given", "loss", "out", "scratch"), "fp32")
+    for name, target, gradient, pullback in (
+        ("loss and gradient", True, True, False),
+        ("loss", True, False, False),
+        ("logarithm", False, False, False),
+        ("pullback", False, False, True),
+    ):
+        constants = {
+            "SIZE": size,
+            "MAX_SWEEPS": launch.JACOBI_SWEEPS,
+            "CONVERGED": launch.JACOBI_CONVERGED,
+            "USABLE": launch.JACOBI_USABLE,
+            "HAS_TARGET": target,
+            "WITH_GRADIENT": gradient,
+            "PULLBACK": pullback,
+        }
+        yield Variant(
+            f"jacobi {size}, {name}",
+            jacobi_kernel,
+            _signature(pointers, {"n": "i32"}, constants),
+            constants,
+            launch.jacobi_options(size),
+        )
+
+
+def _spectral_variants() -> Iterator[Variant]:
+    from kernels.spd.triton_spectral import loewner_kernel, log_map_kernel
+
+    tiles: dict[str, Any] = {"TILE": launch.SPECTRAL_TILE, "DEPTH": launch.SPECTRAL_DEPTH}
+    pointers = dict.fromkeys(("vectors", "eigenvalues", "target", "out", "partials"), "fp32")
+    for name, target, write in (("loss and gradient", True, True), ("loss", True, False), ("log", False, True)):
+        constants = tiles | {"HAS_TARGET": target, "WRITE": write}
+        signature = _signature(pointers, {"n": "i32"}, constants)
+        yield Variant(f"log map, {name}", log_map_kernel, signature, constants, launch.SPECTRAL_OPTIONS)
+    pointers = dict.fromkeys(("vectors", "product", "eigenvalues", "out"), "fp32")
+    signature = _signature(pointers, {"n": "i32"}, tiles)
+    yield Variant("loewner", loewner_kernel, signature, tiles, launch.SPECTRAL_OPTIONS)
+
+
+def variants() -> list[Variant]:
+    """All kernels in all the forms that are launched (poles: the counts for eps = 1 and for small eps)."""
+    found: list[Variant] = []
+    for num_poles in (4, 5, 8):
+        found += _resolvent_variants(num_poles)
+    for size in (16, 32, 64):
+        found += _jacobi_variants(size)
+    return found + list(_spectral_variants())
+
+
+def compile_variant(variant: Variant, target: int) -> Resources:
+    """Compiles for sm_`target` with the assembler that ships with Triton (Triton caches the result)."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    # As the launches specialise: tensors and the padded width are multiples of 16, n is any number.
+    aligned = {
+        (index,): [["tt.divisibility", 16]]
+        for index, (name, dtype) in enumerate(variant.signature.items())
+        if name == "padded" or str(dtype).startswith("*")
+    }
+    source = ASTSource(fn=variant.kernel, signature=variant.signature, constexprs=variant.constants, attrs=aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=variant.options)
+    usage = _cubin_usage(compiled.asm["cubin"])
+    return Resources(usage["REG"], usage["STACK"], int(compiled.metadata.shared))
+
+
+def _cubin_usage(cubin: bytes) -> dict[str, int]:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text)}
+
+
+def main() -> None:
+    """Print one line a kernel and target."""
+    print(f"{'kernel':38} {'target':>7} {'warps':>5} {'registers':>9} {'stack B':>8} {'shared B':>8}")
+    for variant in variants():
+        for target in TARGETS:
+            used = compile_variant(variant, target)
+            print(
+                f"{variant.name:38} sm_{target:<4} {variant.options['num_warps']:5} {used.registers:9} "
+                f"{used.stack_bytes:8} {used.shared_bytes:8}"
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+# mypy: disable-error-code="no-untyped-def"
+"""Triton: fp32-accurate products, the tiles of a symmetric matrix, and the Loewner matrix of the logarithm."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def high_half(x):
+    """The 10 leading mantissa bits, what TF32 keeps: x - high_half(x) is exact in fp32."""
+    return (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def dot_fp32(a, b):
+    """a @ b by three TF32 products, small terms first."""
+    a_high = high_half(a)
+    b_high = high_half(b)
+    product = tl.dot(a - a_high, b_high, input_precision="tf32")
+    product = tl.dot(a_high, b - b_high, product, input_precision="tf32")
+    return tl.dot(a_high, b_high, product, input_precision="tf32")
+
+
+@triton.jit
+def lower_tile(pair):
+    """Row and column of the tile number `pair` among (0,0), (1,0), (1,1), (2,0) ..."""
+    row = ((tl.sqrt(8.0 * pair + 1.0) - 1.0) * 0.5).to(tl.int32)
+    row = tl.where((row + 1) * (row + 2) // 2 <= pair, row + 1, row)
+    row = tl.where(row * (row + 1) // 2 > pair, row - 1, row)
+    return row, pair - row * (row + 1) // 2
+
+
+@triton.jit
+def log_divided_difference(a, b):
+    """(log a - log b) / (a - b), 1 / a at a = b, without cancellation.
+
+    log1p(x) = log(u) x / (u - 1) with u = 1 + x rounded (Kahan), so no libdevice function is needed.
+    """
+    low = tl.minimum(a, b)
+    x = (tl.maximum(a, b) - low) / low
+    u = 1.0 + x
+    tie = u == 1.0
+    return tl.where(tie, 1.0, tl.log(u) / tl.where(tie, 1.0, u - 1.0)) / low

@@ -1,0 +1,109 @@
+# mypy: disable-error-code="no-untyped-def"
+"""Triton: log map with distance, and Loewner scaling, fused into the products around an eigensolver.
+
+For n > 64 the eigensolver is cuSOLVER's. Its eigenvalues and vectors enter two kernels whose programs each
+own one tile on or below the diagonal of a symmetric result, so half of the products are never computed, and
+neither the scaled vectors, nor the logarithm, nor the Loewner matrix are written to memory.
+"""
+
+import triton
+import triton.language as tl
+
+from kernels.spd.triton_math import dot_fp32, log_divided_difference, lower_tile
+
+
+@triton.jit(do_not_specialize=["n"])
+def log_map_kernel(
+    vectors,
+    eigenvalues,
+    target,
+    out,
+    partials,
+    n,
+    TILE: tl.constexpr,
+    DEPTH: tl.constexpr,
+    HAS_TARGET: tl.constexpr,
+    WRITE: tl.constexpr,
+):
+    """out [b, n, n] = U diag(log lambda) U^T, or with a target twice the symmetric part of its difference.
+
+    vectors [b, n, n] (columns), eigenvalues [b, n]. HAS_TARGET: partials [b, tiles] of ||log - target||^2;
+    without WRITE nothing else is written.
+    """
+    pair = tl.program_id(0)
+    b = tl.program_id(1).to(tl.int64)
+    i, m = lower_tile(pair)
+    r = tl.arange(0, TILE)
+    depth = tl.arange(0, DEPTH)
+    row = i * TILE + r
+    column = m * TILE + r
+    base = b * n * n
+    value = tl.zeros((TILE, TILE), tl.float32)
+    for k in range(0, n, DEPTH):
+        at = k + depth
+        left = tl.load(
+            vectors + base + row[:, None] * n + at[None, :],
+            mask=(row[:, None] < n) & (at[None, :] < n),
+            other=0.0,
+        )
+        right = tl.load(
+            vectors + base + column[None, :] * n + at[:, None],
+            mask=(column[None, :] < n) & (at[:, None] < n),
+            other=0.0,
+        )
+        logs = tl.log(tl.load(eigenvalues + b * n + at, mask=at < n, other=1.0))
+        value += dot_fp32(left * logs[None, :], right)
+
+    inside = (row[:, None] < n) & (column[None, :] < n)
+    inside_t = (column[:, None] < n) & (row[None, :] < n)
+    at = base + row[:, None] * n + column[None, :]
+    at_t = base + column[:, None] * n + row[None, :]
+    off_diagonal = i != m
+    if HAS_TARGET:
+        difference = tl.where(inside, value - tl.load(target + at, mask=inside, other=0.0), 0.0)
+        mirrored = tl.trans(tl.load(target + at_t, mask=inside_t, other=0.0))
+        difference_t = tl.where(inside, value - mirrored, 0.0)
+        squares = difference * difference + tl.where(off_diagonal, difference_t * difference_t, 0.0)
+        tl.store(partials + b * tl.num_programs(0) + pair, tl.sum(squares))
+        value = difference + difference_t
+    if WRITE:
+        tl.store(out + at, value, mask=inside)
+        tl.store(out + at_t, tl.trans(value), mask=inside_t & off_diagonal)
+
+
+@triton.jit(do_not_specialize=["n"])
+def loewner_kernel(vectors, product, eigenvalues, out, n, TILE: tl.constexpr, DEPTH: tl.constexpr):
+    """out [b, n, n] = Phi o (U^T product), where product = G U for a symmetric G, so the result is symmetric."""
+    pair = tl.program_id(0)
+    b = tl.program_id(1).to(tl.int64)
+    i, m = lower_tile(pair)
+    r = tl.arange(0, TILE)
+    depth = tl.arange(0, DEPTH)
+    row = i * TILE + r
+    column = m * TILE + r
+    base = b * n * n
+    value = tl.zeros((TILE, TILE), tl.float32)
+    for k in range(0, n, DEPTH):
+        at = k + depth
+        left = tl.load(
+            vectors + base + at[None, :] * n + row[:, None],
+            mask=(row[:, None] < n) & (at[None, :] < n),
+            other=0.0,
+        )
+        right = tl.load(
+            product + base + at[:, None] * n + column[None, :],
+            mask=(at[:, None] < n) & (column[None, :] < n),
+            other=0.0,
+        )
+        value += dot_fp32(left, right)
+
+    of_row = tl.load(eigenvalues + b * n + row, mask=row < n, other=1.0)
+    of_column = tl.load(eigenvalues + b * n + column, mask=column < n, other=1.0)
+    value *= log_divided_difference(of_row[:, None], of_column[None, :])
+    inside = (row[:, None] < n) & (column[None, :] < n)
+    tl.store(out + base + row[:, None] * n + column[None, :], value, mask=inside)
+    tl.store(
+        out + base + column[:, None] * n + row[None, :],
+        tl.trans(value),
+        mask=(column[:, None] < n) & (row[None, :] < n) & (i != m),
+    )

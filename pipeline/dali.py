@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import io
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -275,23 +275,28 @@ def _tiny_request(work: CropWork) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np
     return np.frombuffer(stream.getvalue(), np.uint8), packed
 
 
-def _undecodable(request: CropRequest, options: BackendOptions) -> dict[int, str]:
-    """Decode each image on its own and give the reason for those that fail."""
+def decode_pipeline(options: BackendOptions) -> Any:
+    """Build a pipeline that only decodes; run it with `jpegs=[...]`."""
     fn, pipeline_def, types = _dali()
 
     @pipeline_def(
-        batch_size=1,
-        num_threads=1,
+        batch_size=options.max_batch_size,
+        num_threads=options.num_threads,
         device_id=(options.device.index or 0) if options.device.type == "cuda" else None,
         prefetch_queue_depth=1,
     )
-    def single() -> Any:
-        return _decoded(fn.external_source(name="jpegs", dtype=types.UINT8, ndim=1), options)
+    def decoded() -> Any:
+        return _decoded(fn.external_source(name="jpegs", dtype=types.UINT8, ndim=1, no_copy=True), options)
 
+    return decoded()
+
+
+def _undecodable(request: CropRequest, options: BackendOptions) -> dict[int, str]:
+    """Decode each image on its own and give the reason for those that fail."""
     bad, pipe = {}, None
     for i, jpeg in enumerate(request.jpegs):
         if pipe is None:
-            pipe = single()
+            pipe = decode_pipeline(replace(options, max_batch_size=1, num_threads=1))
         try:
             pipe.run(jpegs=[jpeg])
         except RuntimeError:

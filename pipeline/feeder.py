@@ -91,6 +91,11 @@ class Feeder(Generic[T]):
         self._close()
 
     @property
+    def ready(self) -> int:
+        """Items that `get` would give at once."""
+        return len(self._shared.items)
+
+    @property
     def alive(self) -> bool:
         """Whether the thread runs."""
         return self._thread.is_alive()

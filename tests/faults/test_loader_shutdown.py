@@ -220,7 +220,7 @@ def test_a_forked_child_is_told_that_its_loader_has_no_feeder(shards):
         import os
         loader = start()
         next(loader)
-        while len(loader._feeder._shared.items) < 2:
+        while loader._feeder.ready < 2:
             time.sleep(0.01)
         child = os.fork()
         if child == 0:

@@ -1,13 +1,10 @@
 """Natural-like images, packed by the project's own packer, shared by the pipeline's tests."""
 
-import io
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw
 
+from benchmarks.natural_images import write_images
 from pipeline.augmentation import Augmentation
 from pipeline.backend import BackendOptions, CropRequest, open_backend
 from pipeline.plan import crop_plan
@@ -20,50 +17,13 @@ SIZES = [
     (500, 334), (120, 400), (90, 70), (48, 128), (700, 900), (224, 224),
 ]  # fmt: skip
 NUM_IMAGES = 48
-NUM_CLASSES = 4
-
-
-def natural_image(height: int, width: int, seed: int) -> np.ndarray:
-    """An image with a 1/f spectrum in correlated channels, and a few filled shapes; uint8 [h, w, 3]."""
-    rng = np.random.default_rng(seed)
-    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
-    frequency[0, 0] = 1 / max(height, width)
-    noise = rng.standard_normal((3, *frequency.shape)) + 1j * rng.standard_normal((3, *frequency.shape))
-    channels = np.fft.irfft2(noise / frequency, s=(height, width))
-    channels /= channels.std((1, 2), keepdims=True)
-    # Photographs vary in lightness far more than in hue.
-    mixed = channels[0] + 0.35 * channels
-    image = Image.fromarray(np.clip(120 + 45 * mixed, 0, 255).astype(np.uint8).transpose(1, 2, 0).copy())
-    draw = ImageDraw.Draw(image)
-    for _ in range(4):
-        x, y = rng.integers(0, width), rng.integers(0, height)
-        w, h = rng.integers(4, max(5, width // 3)), rng.integers(4, max(5, height // 3))
-        colour = tuple(int(c) for c in rng.integers(0, 256, 3))
-        shape = draw.ellipse if rng.random() < 0.5 else draw.rectangle
-        shape((int(x), int(y), int(x + w), int(y + h)), fill=colour)
-    return np.asarray(image)
-
-
-def encode(image: np.ndarray) -> bytes:
-    """JPEG of quality 90 with 4:2:0 chroma."""
-    stream = io.BytesIO()
-    Image.fromarray(image).save(stream, "JPEG", quality=90, subsampling="4:2:0")
-    return stream.getvalue()
-
-
-def write_images(folder: Path, num_images: int, seed: int = 0) -> None:
-    """Write class folders of images of all `SIZES` in turn."""
-    for i in range(num_images):
-        path = folder / f"class{i % NUM_CLASSES}" / f"img{i:04d}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(encode(natural_image(*SIZES[i % len(SIZES)], seed + i)))
 
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory):
     """A folder of 48 packed images in shards of 20."""
     folder = tmp_path_factory.mktemp("pipeline")
-    write_images(folder / "images", NUM_IMAGES)
+    write_images(folder / "images", SIZES, NUM_IMAGES)
     pack(folder / "images", folder / "shards", rows_per_shard=20, workers=1, progress=False)
     return folder / "shards"
 

@@ -136,7 +136,7 @@ def test_the_feeder_fills_up_while_the_main_thread_is_busy_in_python():
     feeder = _feeder(lambda: (sum(range(1000)) for _ in itertools.count()), depth=5)
     deadline = time.monotonic() + PATIENCE
     busy = 0
-    while len(feeder._shared.items) < 5:
+    while feeder.ready < 5:
         busy += 1  # pure Python: the interpreter lock is only given up when it is asked for
         assert time.monotonic() < deadline
     feeder.close()

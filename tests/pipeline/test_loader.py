@@ -183,7 +183,7 @@ def test_resume_equals_the_unbroken_stream(shards, unbroken, stop, world_size):
 def test_state_is_the_position_of_the_consumer_not_of_the_feeder(shards):
     with _open(shards) as loader:
         next(loader)
-        while len(loader._feeder._shared.items) < 2:  # the feeder is ahead
+        while loader._feeder.ready < 2:  # the feeder is ahead
             pass
         assert (loader.state_dict()["epoch"], loader.state_dict()["step"]) == (0, 1)
         assert (loader.epoch, loader.step) == (0, 1)

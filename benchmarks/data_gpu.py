@@ -1,0 +1,132 @@
+"""The rows of the data benchmark that need a GPU: rate against threads and decoder, memory, overlap."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from benchmarks.data_results import Measurement
+from pipeline import dali
+from pipeline.augmentation import preset
+from pipeline.backend import usable_cores
+from pipeline.loader import MultiCropLoader, open_loader
+from shards.format import load_manifest
+
+_BATCH = 64
+_ROUNDS = 3
+_MEMORY_BATCHES = 1000
+_MEMORY_WARM_UP = 100
+_MATRIX = 8192
+
+
+def gpu_rows(shards: Path, *, quick: bool) -> list[Measurement]:
+    """Measure every GPU row; the loader runs alone but for the rows of overlap."""
+    batches = 5 if quick else 50
+    rows = [*_thread_rows(shards, batches), _memory_row(shards, 50 if quick else _MEMORY_BATCHES)]
+    return rows + _overlap_rows(shards, batches)
+
+
+def _open(shards: Path, backend: str, threads: int, hw_decoder_load: float = 0.0) -> MultiCropLoader:
+    batch = min(_BATCH, load_manifest(shards).num_rows)
+    return open_loader(
+        shards,
+        device="cuda",
+        backend=backend,
+        global_batch_size=batch,
+        seed=0,
+        augmentation=preset("dino"),
+        num_threads=threads,
+        hw_decoder_load=hw_decoder_load,
+        teacher_crops=False,
+    )
+
+
+def _rate(loader: MultiCropLoader, batches: int) -> float:
+    """Images a second, the device synchronised at both ends."""
+    for _ in range(5):
+        next(loader)
+    torch.cuda.synchronize()
+    start, images = time.perf_counter(), 0
+    for _ in range(batches):
+        images += len(next(loader).rows)
+    torch.cuda.synchronize()
+    return images / (time.perf_counter() - start)
+
+
+def _thread_rows(shards: Path, batches: int) -> Iterator[Measurement]:
+    settings = [("torch", threads, 0.0) for threads in _thread_counts()]
+    if dali.missing_reason() is None:
+        settings += [("dali", threads, load) for load in (0.0, 1.0) for threads in _thread_counts()]
+    figures: dict[tuple[str, int, float], list[float]] = {key: [] for key in settings}
+    for _ in range(_ROUNDS):
+        for backend, threads, load in settings:
+            with _open(shards, backend, threads, load) as loader:
+                figures[backend, threads, load].append(_rate(loader, batches))
+    for (backend, threads, load), found in figures.items():
+        decoder = f", hw_decoder_load {load:g}" if backend == "dali" else ""
+        yield Measurement(f"gpu full 2x224 + 8x96: {backend}, {threads} threads{decoder}", "images/s", tuple(found))
+
+
+def _thread_counts() -> list[int]:
+    return [n for n in (1, 2, 4, 8, 16) if n <= usable_cores()]
+
+
+def _memory_row(shards: Path, batches: int) -> Measurement:
+    """Memory of the device in use, by anyone, from the warm-up's end on; the spread is its growth."""
+    backend = "torch" if dali.missing_reason() else "dali"
+    used = []
+    with _open(shards, backend, min(8, usable_cores())) as loader:
+        for number in range(batches):
+            next(loader)
+            if number >= min(_MEMORY_WARM_UP, batches // 2):
+                free, total = torch.cuda.mem_get_info()
+                used.append((total - free) / 2**20)
+    return Measurement(f"gpu memory over {batches} batches: {backend}", "MiB", tuple(used))
+
+
+def _overlap_rows(shards: Path, batches: int) -> list[Measurement]:
+    """A matrix product that fills the GPU, alone and beside the loader; and the loader alone and beside it."""
+    backend = "torch" if dali.missing_reason() else "dali"
+    threads = min(8, usable_cores())
+    a = torch.randn(_MATRIX, _MATRIX, device="cuda", dtype=torch.bfloat16)
+    products = 10
+
+    def compute() -> None:
+        for _ in range(products):
+            a @ a
+
+    alone, beside, rates = [], [], []
+    for _ in range(_ROUNDS):
+        alone.append(_milliseconds(compute, batches))
+        with _open(shards, backend, threads) as loader:
+            for _ in range(5):
+                next(loader)
+
+            def step(loader: MultiCropLoader = loader) -> None:
+                next(loader)
+                compute()
+
+            start = time.perf_counter()
+            beside.append(_milliseconds(step, batches))
+            rates.append(batches * _BATCH / (time.perf_counter() - start))
+    note = f"{products} bf16 products of {_MATRIX} a step"
+    return [
+        Measurement("gpu compute step alone", "ms", tuple(alone), note),
+        Measurement(f"gpu compute step beside the loader: {backend}", "ms", tuple(beside), note),
+        Measurement(f"gpu images beside the compute: {backend}", "images/s", tuple(rates), note),
+    ]
+
+
+def _milliseconds(step: Callable[[], None], steps: int) -> float:
+    """Mean time of a step on the device's own clock."""
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    step()
+    begin.record()
+    for _ in range(steps):
+        step()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / steps

@@ -1,0 +1,233 @@
+"""The rows of the data benchmark that need no GPU: reading, decoding, cropping, and what feeding costs."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+
+from benchmarks.data_results import Measurement
+from benchmarks.peers import PillowRecipe, TorchvisionRecipe
+from pipeline import dali
+from pipeline.augmentation import Augmentation, preset
+from pipeline.backend import BackendOptions, CropRequest, open_backend, training_work
+from pipeline.cpu_crops import decode
+from pipeline.feeder import Feeder
+from pipeline.masks import block_masks
+from pipeline.order import epoch_order
+from pipeline.plan import crop_plan
+from pipeline.source import ShardSource
+
+BATCH = 32
+
+_CPU = torch.device("cpu")
+_IMAGENET_ROWS = 1_281_167
+_READ_PASSES = 50
+_BUSY_SECONDS = 1.0
+_Rows = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What runs, on how many samples; the figure is a rate a core-second, or a cost in microseconds a sample."""
+
+    name: str
+    samples: int
+    run: Callable[[], object]
+    note: str = ""
+    cost: bool = False
+
+    @property
+    def unit(self) -> str:
+        """Unit of the figure."""
+        return "us/sample" if self.cost else "images/core-s"
+
+    def figure(self, seconds: float) -> float:
+        """The figure of a run that took so many seconds of CPU time."""
+        return 1e6 * seconds / self.samples if self.cost else self.samples / seconds
+
+
+def cpu_rows(shards: Path, images: int, stack: ExitStack, *, quick: bool) -> list[Row]:
+    """All rows that need no GPU; what they hold open is closed with the stack."""
+    source = stack.enter_context(ShardSource(shards))
+    a = preset("dino")
+    # Crops of one view with no photometrics.
+    one = replace(a, num_global_crops=1, num_local_crops=0, blur_prob_global=(0.0,), solarize_prob_global=(0.0,))
+    one = replace(one, jitter_prob=0.0, gray_prob=0.0)
+    rows = np.arange(min(images, len(source)))
+    jpegs = [j.tobytes() for j in source.jpegs(rows)]
+    torchvision, published, pillow = _torchvision(a, False), _torchvision(a, True), PillowRecipe(a)
+    return [
+        *_read_rows(source, rows),
+        *_decode_rows(source, rows, jpegs),
+        *_crop_rows("one crop", one, source, rows, stack),
+        _peer("one crop: Pillow", pillow.first_crop, jpegs),
+        _peer("one crop: torchvision v2", torchvision.first_crop, jpegs),
+        *_crop_rows("full 2x224 + 8x96", a, source, rows, stack),
+        _peer("full 2x224 + 8x96: Pillow", pillow, jpegs),
+        _peer("full 2x224 + 8x96: torchvision v2, uint8", torchvision, jpegs, "DINOv3's recipe, not normalised"),
+        _peer("full 2x224 + 8x96: torchvision v2, as published", published, jpegs, "DINOv3's recipe, float32"),
+        *_overhead_rows(source, rows, a, quick=quick),
+    ]
+
+
+def _torchvision(a: Augmentation, normalise: bool) -> TorchvisionRecipe:
+    return TorchvisionRecipe(a, normalise=normalise)
+
+
+def _peer(name: str, recipe: Callable[[bytes], object], jpegs: list[bytes], note: str = "") -> Row:
+    def run() -> None:
+        for jpeg in jpegs:
+            recipe(jpeg)
+
+    return Row(name, len(jpegs), run, note)
+
+
+def _read_rows(source: ShardSource, rows: _Rows) -> Iterator[Row]:
+    import webdataset
+
+    order = np.random.default_rng(0).permutation(rows)
+    urls = [str(source.folder / shard.name) for shard in source.manifest.shards]
+
+    def views() -> None:
+        for _ in range(_READ_PASSES):
+            source.jpegs(order)
+
+    def iterate() -> None:
+        read = sum(len(sample["jpg"]) for sample in webdataset.WebDataset(urls, shardshuffle=False))
+        assert read == int(source.index.size.sum())
+
+    yield Row("read: mapped views, random order", _READ_PASSES * len(rows), views)
+    yield Row("read: webdataset iterator", len(source), iterate, "sequential, bytes not decoded")
+
+
+def _decode_rows(source: ShardSource, rows: _Rows, jpegs: list[bytes]) -> Iterator[Row]:
+    views, sizes = source.jpegs(rows), source.sizes(rows)
+
+    def strict() -> None:
+        for view, size in zip(views, sizes, strict=True):
+            decode(view, size)
+
+    yield _peer("decode: Pillow", lambda jpeg: np.asarray(Image.open(io.BytesIO(jpeg)).convert("RGB")), jpegs)
+    yield Row("decode: simplejpeg, strict", len(rows), strict)
+    if dali.missing_reason() is None:
+        pipe = dali.decode_pipeline(BackendOptions(_CPU, 1, BATCH))
+
+        def by_dali() -> None:
+            for start in range(0, len(views), BATCH):
+                pipe.run(jpegs=views[start : start + BATCH])
+
+        yield Row("decode: dali", len(rows), by_dali)
+
+
+def _crop_rows(name: str, a: Augmentation, source: ShardSource, rows: _Rows, stack: ExitStack) -> Iterator[Row]:
+    """Decode and crop with each backend, one thread, plan included."""
+    names = ["cpu", "torch"] if dali.missing_reason() else ["dali", "cpu", "torch"]
+    for backend_name in names:
+        backend = open_backend(backend_name, training_work(a, teacher_crops=False), BackendOptions(_CPU, 1, BATCH))
+        stack.callback(backend.close)
+
+        def run(backend: Any = backend) -> None:
+            for start in range(0, len(rows), BATCH):
+                backend.submit(_request(source, rows[start : start + BATCH], a))
+                backend.collect()
+
+        yield Row(f"{name}: {backend_name}", len(rows), run)
+
+
+def _request(source: ShardSource, rows: _Rows, a: Augmentation) -> CropRequest:
+    sizes = source.sizes(rows)
+    plan = crop_plan(source.index.uid[rows], sizes, view_set=0, epoch=0, seed=0, augmentation=a)
+    return CropRequest(source.jpegs(rows), sizes, plan)
+
+
+def _overhead_rows(source: ShardSource, rows: _Rows, a: Augmentation, *, quick: bool) -> Iterator[Row]:
+    chosen = np.resize(rows, 64)
+    uids, sizes, repeat = source.index.uid[chosen], source.sizes(chosen), 5 if quick else 50
+    count = repeat * len(chosen)
+
+    def plans() -> None:
+        for epoch in range(repeat):
+            crop_plan(uids, sizes, view_set=0, epoch=epoch, seed=0, augmentation=a)
+
+    def masks() -> None:
+        for epoch in range(repeat):
+            block_masks(uids, epoch=epoch, seed=0, augmentation=a)
+
+    yield Row("feeding: crop plan, 10 views", count, plans, cost=True)
+    yield Row("feeding: block masks", count, masks, cost=True)
+    if dali.missing_reason() is None:
+        yield Row("feeding: read, plan, DALI's external source", count, _feed(source, chosen, a, repeat), cost=True)
+    rows_of_epoch = _IMAGENET_ROWS // 10 if quick else _IMAGENET_ROWS
+    note = f"{rows_of_epoch} rows"
+    yield Row("epoch order", rows_of_epoch, lambda: epoch_order(rows_of_epoch, seed=0, epoch=1), note, cost=True)
+
+
+def _feed(source: ShardSource, rows: _Rows, a: Augmentation, repeat: int) -> Callable[[], None]:
+    """Everything that the feeder thread does for DALI, to a graph that only looks at the headers."""
+    from nvidia.dali import fn, pipeline_def, types
+
+    @pipeline_def(batch_size=len(rows), num_threads=1, device_id=None, prefetch_queue_depth=1)  # type: ignore
+    def headers() -> Any:
+        jpegs = fn.external_source(name="jpegs", dtype=types.UINT8, ndim=1, no_copy=True)  # type: ignore
+        parameters = fn.external_source(name="parameters", dtype=types.FLOAT, ndim=2)  # type: ignore
+        return fn.peek_image_shape(jpegs), parameters
+
+    pipe: Any = headers()
+
+    def run() -> None:
+        for _ in range(repeat):
+            request = _request(source, rows, a)
+            pipe.run(jpegs=list(request.jpegs), parameters=dali.pack(request.plan))
+
+    return run
+
+
+def busy_rows(shards: Path, rounds: int) -> list[Measurement]:
+    """Samples a second that a feeder thread prepares while the main thread idles, and while it runs Python.
+
+    Preparing is all but cropping: read, plan, pack, masks. Wall time, as the two threads share one lock.
+    """
+    figures: dict[str, list[float]] = {"idle": [], "busy in Python": []}
+    a = preset("dino")
+    for _, state in itertools.product(range(rounds), figures):
+        with ShardSource(shards) as source:
+            chosen = np.resize(np.arange(len(source)), 64)
+
+            def prepared(source: ShardSource = source, chosen: _Rows = chosen) -> Iterator[int]:
+                for epoch in itertools.count():
+                    request = _request(source, chosen, a)
+                    dali.pack(request.plan)
+                    block_masks(source.index.uid[chosen], epoch=epoch, seed=0, augmentation=a)
+                    yield len(chosen)
+
+            feeder = Feeder(prepared, depth=2, stall_seconds=60.0)
+            figures[state].append(_consumed(feeder, busy=state != "idle"))
+            feeder.close()
+    return [
+        Measurement(f"feeder thread, main thread {state}", "samples/s", tuple(f), "wall time")
+        for state, f in figures.items()
+    ]
+
+
+def _consumed(feeder: Feeder[int], *, busy: bool) -> float:
+    feeder.get()
+    count, work, start = 0, 0, time.perf_counter()
+    while time.perf_counter() - start < _BUSY_SECONDS:
+        if busy:
+            for _ in range(1000):
+                work += 1
+            if not feeder.ready:
+                continue
+        count += feeder.get()
+    return count / (time.perf_counter() - start)

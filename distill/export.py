@@ -5,6 +5,7 @@ python -m distill.export --run RUN [--output FOLDER] [--onnx]
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -127,8 +128,9 @@ def export_model(
             f"{output}: the folder is not empty and holds no earlier export ({SUMS} is missing). "
             "Choose another --output, so that nothing of yours is overwritten."
         )
-    model = model.cpu().eval()
+    model = copy.deepcopy(model).cpu().eval()  # the caller's stays where it is
     building = output.with_name(f"{output.name}.tmp-{os.getpid()}")
+    earlier = output.with_name(f"{output.name}.old-{os.getpid()}")
     shutil.rmtree(building, ignore_errors=True)
     try:
         with explain_disk_errors(output):
@@ -142,10 +144,11 @@ def export_model(
                 write_onnx(model, building / ONNX, img_size=card.img_size)
             verify_export(building, model, img_size=card.img_size)
             _write_sums(building)
-            sync_folder(building)
+            _sync_files(building)
             if output.exists():
-                shutil.rmtree(output)
+                output.replace(earlier)
             building.replace(output)
+            shutil.rmtree(earlier, ignore_errors=True)
     finally:
         shutil.rmtree(building, ignore_errors=True)
     return output
@@ -237,6 +240,13 @@ def _write_sums(folder: Path) -> None:
     names = sorted(path.name for path in folder.iterdir())
     lines = (f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {name}\n" for name in names)
     (folder / SUMS).write_text("".join(lines))
+
+
+def _sync_files(folder: Path) -> None:
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    sync_folder(folder)
 
 
 def main() -> int:

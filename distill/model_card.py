@@ -59,6 +59,11 @@ class Card:
     probe: dict[str, Any] | None = None
 
 
+def student_detail(step: int, ema: bool) -> str:
+    """Which weights of a run these are, in the words of probe.json."""
+    return f"step {step}{', EMA' if ema else ''}"
+
+
 def teacher_licence(teacher_arch: str) -> str:
     """Licence of the teacher's weights as timm or the teacher's own folder states it, else "unknown"."""
     if teacher_arch.startswith(LOCAL_DIR):
@@ -100,7 +105,7 @@ cls, patches = tokens[:, 0], tokens[:, model.num_prefix_tokens:]
 
 ## Accuracy of frozen features
 
-{_accuracy(card.probe)}
+{_accuracy(card)}
 
 ## Licence
 
@@ -108,9 +113,13 @@ cls, patches = tokens[:, 0], tokens[:, model.num_prefix_tokens:]
 """
 
 
-def _accuracy(probe: dict[str, Any] | None) -> str:
+def _accuracy(card: Card) -> str:
+    probe = card.probe
     if probe is None:
         return "Not measured: the run was not probed before the export."
+    probed = next((model["detail"] for model in probe["models"] if model["name"] == "student"), "another model")
+    if probed != student_detail(card.step, card.ema):
+        return f"Not measured for these weights: the run was last probed at {probed}."
     lines = ["| model | " + " | ".join(f"k-NN@{k}" for k in probe["protocol"]["knn_k"]) + " | linear |"]
     lines.append("|---|" + "---|" * (len(probe["protocol"]["knn_k"]) + 1))
     for model in probe["models"]:

@@ -14,6 +14,7 @@ from torch import nn
 from distill.checkpoint import load_student
 from distill.config import TeacherConfig, TrainConfig
 from distill.evaluation.features import FeatureModel
+from distill.model_card import student_detail
 from distill.models import create_student
 from distill.run_folder import load_config
 from distill.teacher import LOCAL_DIR, FrozenTeacher, load_teacher
@@ -115,7 +116,7 @@ def load_source(source: str, context: SourceContext) -> ProbedModel:
 def _load_run(source: str, folder: str, context: SourceContext) -> ProbedModel:
     run_dir = Path(folder) if folder else context.run(source)[0]
     model, meta = load_student(run_dir, use_ema=context.use_ema)
-    detail = f"step {meta['step']}{', EMA' if meta['ema'] else ''}"
+    detail = student_detail(meta["step"], meta["ema"])
     return _student(model, source, "student" if source == "run" else source, detail, context)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -178,8 +179,21 @@ def test_the_card_shows_measured_accuracies_only() -> None:
     probe = {
         "protocol_sha256": "abcdef0123456789",
         "protocol": {"knn_k": [10]},
-        "models": [{"name": "student", "knn": {"10": 61.5}, "best": {"top1": 72.25}}],
+        "models": [{"name": "student", "detail": "step 7, EMA", "knn": {"10": 61.5}, "best": {"top1": 72.25}}],
     }
     card = render_card(a_card(probe=probe), 1)
     assert "| student | 61.50 | 72.25 |" in card
     assert "protocol `abcdef012345`" in card
+    later = render_card(a_card(probe=probe, step=8), 1)
+    assert "61.50" not in later
+    assert "last probed at step 7, EMA" in later
+
+
+def test_the_command_prints_the_error_alone_and_exits_with_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["export", "--run", str(tmp_path), "--no-ema"])
+    assert export.main() == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {tmp_path / 'config.json'}: no such file")
+    assert "Traceback" not in said

@@ -121,8 +121,8 @@ def train(config: TrainConfig, ranks: Ranks) -> None:
 
     def checkpoint(step: int) -> None:
         if ranks.is_main:
-            writer.save(step, full_state(step_module, optimizer, ema, loader.state_dict()))
-        log.pause()
+            with log.paused():
+                writer.save(step, full_state(step_module, optimizer, ema, loader.state_dict()))
 
     step = first_step
     with loader:
@@ -171,13 +171,14 @@ def train(config: TrainConfig, ranks: Ranks) -> None:
                 guard.should_stop(drain=True)  # the flush syncs anyway; nothing that is not finite is logged as fine
                 log.flush(step, epoch=schedule.epoch(step), lr=schedule.lr(step - 1))
             if due(step, config.runtime.term_gradients_every):
-                norms = term_gradient_norms(step_module, inputs, scalars)
+                with log.paused():
+                    norms = term_gradient_norms(step_module, inputs, scalars)
                 log.event(step, **{f"grad_norm_{name}": value for name, value in norms.items()})
-                log.pause()
             if due(step, config.runtime.checkpoint_every) or step == total_steps:
                 checkpoint(step)
             if schedule.knn_due(step):
-                evaluate(config, ema.model if ema else step_module.student, step, schedule.epoch(step), ranks, log)
+                with log.paused():
+                    evaluate(config, ema.model if ema else step_module.student, step, schedule.epoch(step), ranks, log)
 
         stopped = guard.should_stop(drain=True)
         if step < total_steps and stopped:
@@ -330,7 +331,6 @@ def evaluate(
         log.event(step, epoch=epoch, knn_top1=top1)
         log.say(f"step {step}: k-NN {top1:.2f} %")
     ranks.barrier()
-    log.pause()
 
 
 def describe_start(

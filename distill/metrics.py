@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -142,9 +144,12 @@ class MetricsLog:
         if self._ranks.is_main:
             self._append({"step": step, **fields})
 
-    def pause(self) -> None:
-        """Leave the time since the last flush out of the speed (an evaluation or checkpoint just ran)."""
-        self._since = time.perf_counter()
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time of an evaluation or a checkpoint out of the speed."""
+        start = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - start
 
     def say(self, text: str) -> None:
         """Print a line above the progress bar; main rank only."""

@@ -1,0 +1,138 @@
+"""Runs the whole path on a small image set: the commands of the README, one after the other, each resumable.
+
+python -m demo [--teacher live]
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import tyro
+
+from demo.images import compose_images
+from demo.report import write_crop_sheet, write_summary
+from demo.settings import CROP_FLAGS, STUDENT_FLAGS, TRAIN_FLAGS, VIEW_SETS, DemoConfig
+from demo.teacher import PATCH_SIZE, train_teacher
+from pipeline.augmentation import Augmentation, preset
+from shards.errors import UserError
+
+
+def run_demo(config: DemoConfig) -> None:
+    """Compose, pack, train the teacher, cache, distill, probe, draw."""
+    start = time.perf_counter()
+    root = config.output
+    root.mkdir(parents=True, exist_ok=True)
+    check_settings(config)
+
+    heading("1/6  images: scikit-learn's handwritten digits, as colour JPEGs of mixed sizes")
+    images = root / "images"
+    if not (root / "images.done").exists():
+        train, val = compose_images(
+            images, train_per_scan=config.train_per_scan, val_per_scan=config.val_per_scan, seed=config.seed
+        )
+        (root / "images.done").write_text(f"{train} train, {val} val\n")
+    print((root / "images.done").read_text(), end="")
+
+    heading("2/6  shards")
+    for split in ("train", "val"):
+        command("-m", "shards", "pack", "--source", images / split, "--output", root / "shards" / split)
+
+    heading("3/6  teacher: a small ViT learns the digits (ImageNet runs start from DINOv3 ViT-L/16 instead)")
+    teacher = root / "teacher"
+    if not (teacher / "config.json").exists():
+        train_teacher(
+            root / "shards" / "train", teacher,
+            augmentation=crops(), steps=config.teacher_steps, batch_size=64, lr=1e-3, seed=config.seed,
+        )  # fmt: skip
+    teacher_flags = ["--teacher_arch", f"local-dir:{teacher}"]
+
+    heading(f"4/6  cache: the teacher's outputs for {VIEW_SETS} view sets, to zarr")
+    command(
+        "-m", "cache_tools", "build", "--shards", root / "shards" / "train", "--cache", root / "cache",
+        "--view_sets", VIEW_SETS, "--seed", config.seed, *teacher_flags, *CROP_FLAGS,
+    )  # fmt: skip
+
+    heading("5/6  distill: five losses (eager: on a CPU, compiling would take longer than the training)")
+    run = root / ("run" if config.teacher == "cache" else "run_live")
+    command(
+        "train.py", "--data_path", root / "shards" / "train", "--val_data_path", root / "shards" / "val",
+        "--cache_path", root / "cache", "--teacher", config.teacher, "--output_dir", run,
+        "--max_steps", config.steps, "--seed", config.seed, "--data_seed", config.seed,
+        *teacher_flags, *CROP_FLAGS, *STUDENT_FLAGS, *TRAIN_FLAGS,
+    )  # fmt: skip
+
+    heading("6/6  probe: k-NN and linear accuracy of student, teacher and random weights")
+    command("probe.py", "--run", run, "--layers", "1", "--knn_k", "10", "20", "--max_train_rows", "3000")
+    write_crop_sheet(root / "shards" / "train", crops(), run / "probe" / "crops.png", seed=config.seed)
+    print(write_summary(run, config, seconds=time.perf_counter() - start))
+
+
+def crops() -> Augmentation:
+    """Return the crops that `CROP_FLAGS` and `STUDENT_FLAGS` ask of the other commands."""
+    flags = [*CROP_FLAGS, *STUDENT_FLAGS]
+    values = {
+        flag.removeprefix("--"): [float(v) for v in flags[i + 1 : i + 3] if not v.startswith("--")]
+        for i, flag in enumerate(flags)
+        if flag.startswith("--")
+    }
+    return dataclasses.replace(
+        preset("dino"),
+        patch_size=PATCH_SIZE,
+        global_crops_size=int(values["global_crops_size"][0]),
+        global_crops_scale=(values["global_crops_scale"][0], values["global_crops_scale"][1]),
+        local_crops_size=int(values["local_crops_size"][0]),
+        local_crops_scale=(values["local_crops_scale"][0], values["local_crops_scale"][1]),
+        mask_patch_size=int(values["mask_patch_size"][0]),
+        flip_prob=values["flip_prob"][0],
+    )
+
+
+def check_settings(config: DemoConfig) -> None:
+    """Refuse to go on in a folder that was begun with other images or another teacher."""
+    path = config.output / "demo.json"
+    decisive = {f: getattr(config, f) for f in ("train_per_scan", "val_per_scan", "teacher_steps", "seed")}
+    if path.exists() and json.loads(path.read_text()) != decisive:
+        raise UserError(
+            f"{path}: this folder was begun with {path.read_text()}, now {json.dumps(decisive)}. "
+            "Give another --output, or delete the folder."
+        )
+    path.write_text(json.dumps(decisive))
+
+
+def command(*words: object) -> None:
+    """Show a command and run it with this Python."""
+    texts = [str(word) for word in words]
+    print("$ python " + " ".join(texts), flush=True)
+    status = subprocess.run([sys.executable, *texts], check=False).returncode
+    if status != 0:
+        raise UserError(f"`python {texts[0]}{' ' + texts[1] if texts[0] == '-m' else ''} ...` ended with status {status}.")
+
+
+def heading(text: str) -> None:
+    """Print what comes next."""
+    print(f"\n== {text}", flush=True)
+
+
+def main() -> int:
+    """Run from the command line; return the exit status."""
+    # All cores for one process; set before the commands, so that they inherit it.
+    os.environ["OMP_NUM_THREADS"] = str(os.cpu_count() or 1)
+    torch.set_num_threads(os.cpu_count() or 1)
+    config = tyro.cli(DemoConfig, prog="python -m demo", use_underscores=True, description=__doc__)
+    try:
+        run_demo(config)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,42 @@
+"""The demo's settings: one place for what its commands share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+# Crops of 48 and 24 pixels in patches of 8. No flips: a mirrored digit is another sign.
+CROP_FLAGS = (
+    "--global_crops_size 48 --global_crops_scale 0.5 1.0 --flip_prob 0"
+).split()  # fmt: skip
+STUDENT_FLAGS = (
+    "--patch_size 8 --embed_dim 64 --depth 3 --num_heads 2 --layer_scale 0.1 "
+    "--local_crops_size 24 --local_crops_scale 0.15 0.5 --mask_patch_size 8"
+).split()
+TRAIN_FLAGS = (
+    "--batch_size_per_gpu 48 --lr 4e-3 --warmup_epochs 0.5 --ema_momentum 0.98 --koleo_warmup_steps 100 "
+    "--num_prototypes 256 --teacher_temp calibrated --no_compile --num_threads 2 "
+    "--log_every 20 --checkpoint_every 50 --knn_every_epochs 1 --knn_max_rows 2000 --term_gradients_every 100"
+).split()
+VIEW_SETS = 2
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """Options of the demo."""
+
+    output: Path = Path("demo_run")
+    """Folder of images, shards, cache, run and figures. The same command again goes on where it stopped."""
+    teacher: Literal["cache", "live"] = "cache"
+    """Where the student's targets come from; live runs in a folder of its own, from the same prototypes."""
+    train_per_scan: int = 3
+    """Training images of each scan."""
+    val_per_scan: int = 2
+    """Validation images of each scan."""
+    teacher_steps: int = 600
+    """Steps of the teacher's training, 64 images each."""
+    steps: int = 600
+    """Steps of the student's distillation, 48 images each."""
+    seed: int = 0
+    """Seed of the images, of both networks and of all crops."""

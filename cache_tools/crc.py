@@ -44,21 +44,23 @@ def crc32c(data: bytes | bytearray | memoryview | npt.NDArray[np.generic], initi
     return extend(initial, octets.ctypes.data, octets.size)
 
 
-def crc32c_rows(rows: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint32]:
-    """Return the CRC-32C of each row.
+def crc32c_rows(rows: npt.NDArray[np.uint8], chosen: npt.NDArray[np.int64] | None = None) -> npt.NDArray[np.uint32]:
+    """Return the CRC-32C of each row, or of the chosen ones.
 
     Args:
         rows: uint8 [m, bytes]; each row contiguous.
+        chosen: int64 [k]; None for all.
 
     Returns:
-        uint32 [m].
+        uint32 [m] or [k].
     """
     assert rows.ndim == 2 and rows.dtype == np.uint8 and (rows.shape[1] <= 1 or rows.strides[1] == 1)
+    places = range(len(rows)) if chosen is None else chosen.tolist()
     extend = _library()
     if extend is None:
-        return np.array([crc32c(row) for row in rows], dtype=np.uint32)
+        return np.array([crc32c(rows[place]) for place in places], dtype=np.uint32)
     start, stride, length = rows.ctypes.data, rows.strides[0], rows.shape[1]
-    return np.array([extend(0, start + i * stride, length) for i in range(len(rows))], dtype=np.uint32)
+    return np.array([extend(0, start + place * stride, length) for place in places], dtype=np.uint32)
 
 
 def _apply(columns: list[int], vector: int) -> int:

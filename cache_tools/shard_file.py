@@ -219,25 +219,26 @@ class ShardFile:
         most = max(1, min(IOVEC_MAX // 2, READ_AHEAD_BYTES // stride))
         words = np.empty((len(rows), CRC_BYTES), np.uint8)
         breaks = np.flatnonzero(np.diff(rows) != 1) + 1
+        unchecked = 0
         for first, last in zip([0, *breaks.tolist()], [*breaks.tolist(), len(rows)], strict=True):
             for start in range(first, last, most):
-                run = slice(start, min(start + most, last))
-                views = [memoryview(part) for i in range(run.start, run.stop) for part in (out[slots[i]], words[i])]
+                stop = min(start + most, last)
+                views = [memoryview(part) for i in range(start, stop) for part in (out[slots[i]], words[i])]
                 read = read_all(self._fd, views, int(rows[start]) * stride)
-                if read != (run.stop - run.start) * stride:
+                if read != (stop - start) * stride:
                     raise CacheCorrupt(f"{self.path}: ends within row {rows[start]}. {REPAIR}")
-                if check:
-                    self._check(rows[run], out, slots[run], words[run])
+                if check and (stop == len(rows) or (stop - unchecked) * stride >= READ_AHEAD_BYTES):
+                    self._check(rows[unchecked:stop], out, slots[unchecked:stop], words[unchecked:stop])
+                    unchecked = stop
 
     def _check(self, rows: npt.NDArray[np.int64], out: Bytes, slots: npt.NDArray[np.int64], words: Bytes) -> None:
-        stored = words.view("<u4")[:, 0]
-        for row, slot, expected in zip(rows, slots, stored, strict=True):
-            found = crc32c_rows(out[slot : slot + 1])[0]
-            if found != expected:
-                raise CacheCorrupt(
-                    f"{self.path}: row {row} has crc32c {found:08x}, its stored checksum is {expected:08x}. The "
-                    f"bytes changed on disk. {REPAIR}"
-                )
+        stored, found = words.view("<u4")[:, 0], crc32c_rows(out, slots)
+        if not np.array_equal(stored, found):
+            i = int(np.flatnonzero(stored != found)[0])
+            raise CacheCorrupt(
+                f"{self.path}: row {rows[i]} has crc32c {found[i]:08x}, its stored checksum is {stored[i]:08x}. The "
+                f"bytes changed on disk. {REPAIR}"
+            )
 
     def advise(self, rows: npt.NDArray[np.int64]) -> None:
         """Ask the kernel to read `rows` ahead, in runs of neighbours."""

@@ -1,0 +1,363 @@
+"""The cache's reader and writer against np.memmap, zarr-python and plain file I/O, on rows of a ViT-L/16 in int8.
+
+Every method reads the same rows of the same bytes into one preallocated buffer. Rounds are interleaved in random
+order and a ratio is taken within a round, so a machine's moods fall on both sides of it; figures are medians.
+Cold means that the kernel was asked to drop the files' pages just before.
+
+    python -m benchmarks.bench_cache [--quick] [--folder DIR]
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import functools
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import zarr
+
+from cache_tools.calibration import calibration_sha256
+from cache_tools.codec import Calibration, EncodedRows
+from cache_tools.commit import read_commits, write_manifest
+from cache_tools.fingerprint import fingerprint_sha256
+from cache_tools.format import FORMAT_VERSION, CacheSpec, Paths, create_group, create_view_set, read_attributes
+from cache_tools.read import TeacherCache
+from cache_tools.shard_file import ShardFileWriter
+from cache_tools.source import DirectSource
+from cache_tools.synthetic import synthetic_uids
+from cache_tools.write import CropGroup, ShardWriter
+
+RESULTS = Path(__file__).parent / "results" / "cache.csv"
+BATCH = 64
+Rows = npt.NDArray[np.int64]
+Read = Callable[[Rows], None]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One row of the table.
+
+    Attributes:
+        case: what is done, and the state of the page cache.
+        method: who does it.
+        megabytes_per_second: median; MB are 10^6 bytes of rows.
+        spread: interquartile range over the median.
+        ratio: median over rounds of this method's speed over the reference's in the same round.
+        images_per_second: median.
+        cpu_seconds_per_gb: process CPU time, all threads.
+        rounds: their number.
+    """
+
+    case: str
+    method: str
+    megabytes_per_second: float
+    spread: float
+    ratio: float
+    images_per_second: float
+    cpu_seconds_per_gb: float
+    rounds: int
+
+
+def make_cache(root: Path, spec: CacheSpec) -> None:
+    """Write a finished cache of random codes through the real writer."""
+    calibration = Calibration(np.zeros(spec.embed_dim, np.float32), np.ones(spec.embed_dim, np.float32))
+    fingerprint = {"codec": {"calibration": calibration_sha256(calibration)}}
+    attributes = {
+        "format_version": FORMAT_VERSION, "spec": spec.to_json(), "fingerprint": fingerprint, "soft": {}, "quality": {},
+    }  # fmt: skip
+    create_group(root, attributes, {"mean": calibration.mean, "std": calibration.std})
+    create_view_set(root, 0, spec)
+    paths = Paths(root)
+    paths.commits(0).mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    start = 0
+    for shard, rows in enumerate(spec.shard_rows):
+        writer = ShardWriter(paths, spec, 0, shard, fingerprint_sha256(fingerprint))
+        numbers = np.arange(start, start + rows)
+        group = CropGroup(
+            numbers,
+            synthetic_uids(numbers),
+            np.zeros(rows, np.uint32),
+            0,
+            np.zeros((rows, 2, 6), np.int32),
+            torch.empty(0),
+        )
+        shape = (rows, spec.num_crops, spec.num_patches, spec.embed_dim)
+        codes = torch.from_numpy(generator.integers(-127, 128, shape, np.int8))
+        scale = torch.ones(shape[:3], dtype=torch.float16)
+        writer.append(group, EncodedRows(codes, scale, torch.ones((rows, *shape[1:2], shape[3])).half()))
+        writer.commit()
+        start += rows
+    write_manifest(paths, spec, fingerprint)
+
+
+class PatchReaders:
+    """Every way to bring rows of the patch array into one buffer."""
+
+    def __init__(self, root: Path, flat: Path, spec: CacheSpec):
+        self.spec = spec
+        self.array = spec.arrays()[0]
+        self.out = np.empty((BATCH, self.array.row_bytes), np.uint8)
+        self.slots = np.arange(BATCH)
+        self.rows_per_shard = spec.capacity
+        self.flat = flat
+        self.map_again()
+        fingerprint = read_attributes(root)["fingerprint"]
+        commits = read_commits(Paths(root), 0, spec, fingerprint_sha256(fingerprint))
+        self.source = DirectSource(Paths(root), 0, spec, commits)
+        self.zarr = zarr.open_array(root / "data.zarr/v0/patch", mode="r")
+
+    def map_again(self) -> None:
+        """Map the reference file anew: pages of a live mapping cannot be dropped."""
+        self.memmap = np.memmap(self.flat, np.uint8, "r", shape=(self.spec.num_rows, self.array.row_bytes))
+
+    def methods(self) -> dict[str, Read]:
+        """Return the readers by name; the first is the reference."""
+        return {
+            "np.memmap": self.read_memmap,
+            "direct, unchecked": lambda rows: self.read_direct(rows, check=False),
+            "direct, crc32c": lambda rows: self.read_direct(rows, check=True),
+            "zarr-python": self.read_zarr,
+        }
+
+    def read_memmap(self, rows: Rows) -> None:
+        for slot, row in enumerate(rows):
+            self.out[slot] = self.memmap[row]
+
+    def read_direct(self, rows: Rows, *, check: bool) -> None:
+        shards, places = np.divmod(rows, self.rows_per_shard)
+        for shard in np.unique(shards):
+            mine = np.flatnonzero(shards == shard)
+            mine = mine[np.argsort(places[mine])]
+            self.source.read(self.array, int(shard), places[mine], self.out, self.slots[mine], check=check)
+
+    def read_zarr(self, rows: Rows) -> None:
+        out = self.out.view(np.int8).reshape(BATCH, *self.array.tail)
+        for slot, row in enumerate(rows.tolist()):
+            out[slot] = self.zarr[divmod(row, self.rows_per_shard)]
+
+
+def drop_pages(folders: list[Path]) -> None:
+    """Ask the kernel to forget the pages of every file below `folders`."""
+    for folder in folders:
+        for path in [folder, *folder.rglob("*")]:
+            if path.is_file():
+                fd = os.open(path, os.O_RDONLY)
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+                os.close(fd)
+
+
+def batches_of(order: str, num_rows: int, count: int, generator: np.random.Generator) -> list[Rows]:
+    """Return `count` batches of rows."""
+    if order == "random":
+        return [generator.choice(num_rows, BATCH, replace=False) for _ in range(count)]
+    first = int(generator.integers(0, max(1, num_rows - count * BATCH + 1)))
+    return list(np.arange(first, first + count * BATCH).reshape(count, BATCH) % num_rows)
+
+
+def measure(
+    case: str,
+    methods: Mapping[str, Callable[[], int]],
+    *,
+    rounds: int,
+    row_bytes: int,
+    before: Callable[[], None] = lambda: None,
+) -> list[Measurement]:
+    """Time each method once a round, in random order; a method returns the number of rows it moved."""
+    names = list(methods)
+    speed: dict[str, list[float]] = {name: [] for name in names}
+    cpu: dict[str, list[float]] = {name: [] for name in names}
+    generator = np.random.default_rng(1)
+    for _ in range(rounds):
+        for i in generator.permutation(len(names)):
+            before()
+            began, began_cpu = time.perf_counter(), time.process_time()
+            rows = methods[names[i]]()
+            seconds = time.perf_counter() - began
+            speed[names[i]].append(rows / seconds)
+            cpu[names[i]].append((time.process_time() - began_cpu) / (rows * row_bytes / 1e9))
+    reference = np.array(speed[names[0]])
+    results = []
+    for name in names:
+        images = np.array(speed[name])
+        low, middle, high = np.quantile(images, [0.25, 0.5, 0.75])
+        results.append(
+            Measurement(
+                case=case,
+                method=name,
+                megabytes_per_second=middle * row_bytes / 1e6,
+                spread=(high - low) / middle,
+                ratio=float(np.median(images / reference)),
+                images_per_second=middle,
+                cpu_seconds_per_gb=float(np.median(cpu[name])),
+                rounds=rounds,
+            )
+        )
+    return results
+
+
+def read_batches(read: Read, order: str, num_rows: int, count: int, generator: np.random.Generator) -> int:
+    """Read `count` batches and return the number of rows."""
+    for rows in batches_of(order, num_rows, count, generator):
+        read(rows)
+    return count * BATCH
+
+
+def bench_reading(root: Path, flat: Path, spec: CacheSpec, *, rounds: int, count: int) -> list[Measurement]:
+    """Measure reading, warm and cold, sequential and random."""
+    readers = PatchReaders(root, flat, spec)
+    generator = np.random.default_rng(2)
+    results = []
+    for temperature in ("warm", "cold"):
+        for order in ("sequential", "random"):
+            methods = {
+                name: functools.partial(read_batches, read, order, spec.num_rows, count, generator)
+                for name, read in readers.methods().items()
+            }
+            for run in methods.values():
+                run()
+
+            def before(cold: bool = temperature == "cold") -> None:
+                if cold:
+                    readers.map_again()
+                    drop_pages([root, flat])
+
+            results += measure(
+                f"read {order}, {temperature}", methods, rounds=rounds, row_bytes=readers.array.row_bytes, before=before
+            )
+    return results
+
+
+def bench_fetching(root: Path, spec: CacheSpec, *, rounds: int, count: int) -> list[Measurement]:
+    """Measure the reader as a trainer uses it: three arrays, threads, checks; without decoding."""
+    generator = np.random.default_rng(3)
+    ways = {"verify off, 1 thread": ("off", 1), "verify always, 1 thread": ("always", 1)}
+    ways |= {"verify once, 2 threads": ("once", 2), "verify always, 2 threads": ("always", 2)}
+    methods: dict[str, Callable[[], int]] = {}
+    for name, (verify, threads) in ways.items():
+        cache = TeacherCache.open(root, verify=verify, threads=threads)  # type: ignore[arg-type]
+        read = functools.partial(cache.read_encoded, 0)
+        methods[name] = functools.partial(read_batches, read, "random", spec.num_rows, count, generator)
+        methods[name]()
+    row_bytes = sum(array.row_bytes for array in spec.arrays() if array.per_row)
+    return measure("fetch random, warm", methods, rounds=rounds, row_bytes=row_bytes)
+
+
+def bench_writing(folder: Path, spec: CacheSpec, *, rounds: int) -> list[Measurement]:
+    """Measure writing one shard of patch codes."""
+    array, rows = spec.arrays()[0], spec.capacity
+    data = np.random.default_rng(4).integers(0, 256, (rows, array.row_bytes), np.uint8)
+    create_group(folder / "zarr", {}, {})
+    create_view_set(
+        folder / "zarr", 0, CacheSpec((rows,), spec.num_crops, spec.num_patches, spec.embed_dim, spec.codec)
+    )
+    target = zarr.open_array(folder / "zarr/data.zarr/v0/patch", mode="r+", config={"write_empty_chunks": True})
+
+    def raw(*, sync: bool) -> int:
+        fd = os.open(folder / "raw", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        for row in data:
+            os.write(fd, row)
+        if sync:
+            os.fsync(fd)
+        os.close(fd)
+        return rows
+
+    def direct() -> int:
+        writer = ShardFileWriter(folder / "direct", array, capacity=rows)
+        for start in range(0, rows, BATCH):
+            writer.append(data[start : start + BATCH])
+        writer.close()
+        return rows
+
+    def by_zarr() -> int:
+        target[0] = data.view(np.int8).reshape(rows, *array.tail)
+        return rows
+
+    methods = {
+        "plain write + fsync": lambda: raw(sync=True),
+        "plain write": lambda: raw(sync=False),
+        "direct writer + fsync": direct,
+        "zarr-python, no fsync": by_zarr,
+    }
+    for run in methods.values():
+        run()
+    return measure("write a shard", methods, rounds=rounds, row_bytes=array.row_bytes)
+
+
+def machine() -> dict[str, str]:
+    """Return what the figures belong to."""
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        model = names[0] if names else model
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": commit.strip(),
+        "machine": f"CPU: {model}, {os.cpu_count()} cores",
+        "versions": f"python {platform.python_version()}, numpy {np.__version__}, zarr {zarr.__version__}",
+    }
+
+
+def append_rows(results: list[Measurement], *, row_bytes: int) -> None:
+    """Append the measurements to the results file."""
+    about = machine() | {"batch": str(BATCH), "dtype": "int8", "row_bytes": str(row_bytes)}
+    new = not RESULTS.exists()
+    RESULTS.parent.mkdir(exist_ok=True)
+    with RESULTS.open("a", newline="") as file:
+        writer = csv.DictWriter(file, [*about, *asdict(results[0])])
+        if new:
+            writer.writeheader()
+        for result in results:
+            figures = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in asdict(result).items()}
+            writer.writerow(about | figures)
+
+
+def print_table(results: list[Measurement]) -> None:
+    """Print the measurements."""
+    print(f"{'case':26}{'method':26}{'MB/s':>8}{'spread':>8}{'ratio':>8}{'images/s':>10}{'cpu-s/GB':>10}")
+    for r in results:
+        print(
+            f"{r.case:26}{r.method:26}{r.megabytes_per_second:8.0f}{r.spread:8.0%}{r.ratio:8.2f}"
+            f"{r.images_per_second:10.0f}{r.cpu_seconds_per_gb:10.2f}"
+        )
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a minute: fewer rows and rounds, nothing is recorded")
+    parser.add_argument("--folder", type=Path, help="where to put 2 GB of test data (the temporary folder)")
+    options = parser.parse_args()
+    shards, rows, rounds, count = (2, 128, 3, 2) if options.quick else (8, 256, 9, 8)
+    spec = CacheSpec((rows,) * shards, num_crops=2, num_patches=196, embed_dim=1024, codec="int8")
+    folder = Path(tempfile.mkdtemp(prefix="bench-cache-", dir=options.folder))
+    try:
+        root, flat = folder / "cache", folder / "flat.bin"
+        make_cache(root, spec)
+        np.random.default_rng(0).integers(0, 256, (spec.num_rows, spec.arrays()[0].row_bytes), np.uint8).tofile(flat)
+        os.sync()
+        results = bench_reading(root, flat, spec, rounds=rounds, count=count)
+        results += bench_fetching(root, spec, rounds=rounds, count=count)
+        results += bench_writing(folder, spec, rounds=rounds)
+    finally:
+        shutil.rmtree(folder)
+    print_table(results)
+    if not options.quick:
+        append_rows(results, row_bytes=spec.arrays()[0].row_bytes)
+
+
+if __name__ == "__main__":
+    main()

@@ -28,6 +28,8 @@ from distill.targets import TeacherTargets
 from shards.errors import UserError
 
 Verify = Literal["always", "once", "off"]
+# Host buffers that may wait for their copies to the device before a fetch waits too.
+BUFFERS = 3
 AnyCropBatch = TypeVar("AnyCropBatch", bound=CropBatch)
 
 
@@ -285,13 +287,13 @@ class TeacherCache:
         host = self._host_rows(process, len(rows), pinned)
         order = np.argsort(rows, kind="stable")
         seen = self._seen[view_set]
-        check = self.verify == "always" or (self.verify == "once" and not bool(seen[rows].all()))
 
         def read(slots: npt.NDArray[np.int64]) -> None:
             first = 0
             for shard, places in self._by_shard(rows[slots]):
+                part = slots[first : first + len(places)]
+                check = self.verify == "always" or (self.verify == "once" and not bool(seen[rows[part]].all()))
                 for array in self._row_arrays:
-                    part = slots[first : first + len(places)]
                     source.read(array, shard, places, host.bytes[array.name], part, check=check)
                 first += len(places)
 
@@ -304,10 +306,7 @@ class TeacherCache:
     def _decode(self, host: HostRows, rows: int, device: torch.device, dtype: torch.dtype | None) -> TeacherTargets:
         process = self._this_process()
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-        moved = {array.name: host.values(array, rows).to(device, non_blocking=True) for array in self._row_arrays}
-        if device.type == "cuda":
-            host.copied = torch.cuda.Event()
-            host.copied.record()
+        moved = host.to(device, self._row_arrays, rows)
         if self.calibration is None:
             patches = moved["patch"].to(dtype, copy=True)
         else:
@@ -324,16 +323,18 @@ class TeacherCache:
             process.free.append(host)
 
     def _host_rows(self, process: _Process, rows: int, pinned: bool) -> HostRows:
+        """Take a buffer that no copy reads any more; a new one where there is none and few exist, else wait."""
         with process.lock:
-            fitting = [i for i, h in enumerate(process.free) if h.rows >= rows and h.pinned == pinned]
-            host = process.free.pop(fitting[0]) if fitting else None
-            if host is None:
-                process.free.clear()  # smaller ones would never be used again
-        if host is None:
+            process.free = [host for host in process.free if host.rows >= rows and host.pinned == pinned]
+            ready = next((host for host in process.free if host.is_ready()), None)
+            if ready is None and len(process.free) >= BUFFERS:
+                ready = process.free[0]
+            if ready is not None:
+                process.free.remove(ready)
+        if ready is None:
             return HostRows(self._row_arrays, rows, pinned=pinned)
-        if host.copied is not None:
-            host.copied.synchronize()
-        return host
+        ready.wait()
+        return ready
 
     def _this_process(self) -> _Process:
         if self._process is None or self._process.pid != os.getpid():

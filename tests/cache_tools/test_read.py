@@ -159,7 +159,7 @@ def test_prefetch_takes_rows_in_any_order(build_small: BuildSmall) -> None:
 
 def test_verify_once_checks_a_row_once_and_off_never(build_small: BuildSmall) -> None:
     root = build_small()
-    with TeacherCache.open(root, verify="once") as once, TeacherCache.open(root, verify="off") as off:
+    with TeacherCache.open(root, verify="once", threads=1) as once, TeacherCache.open(root, verify="off") as off:
         expected = once.fetch(synthetic_batch(ROWS, 0)).patches
         path = root / "data.zarr/v0/patch/c.0.0.0.0.0"
         data = bytearray(path.read_bytes())
@@ -169,7 +169,7 @@ def test_verify_once_checks_a_row_once_and_off_never(build_small: BuildSmall) ->
         assert torch.equal(changed, off.fetch(synthetic_batch(ROWS, 0)).patches)
         assert int((changed != expected).any(-1).any(-1).any(-1).sum()) == 2  # ROWS holds row 3 twice
         with pytest.raises(UserError, match="row 3 has crc32c"):
-            once.fetch(synthetic_batch(np.array([3, 6]), 0))  # row 6 is new, so both are checked
+            once.fetch(synthetic_batch(np.array([3, 6]), 0))  # row 6 is new, and its neighbours in the read are checked too
     with pytest.raises(UserError, match="verify='never'"):
         TeacherCache.open(root, verify="never")  # type: ignore[arg-type]
 

@@ -138,7 +138,7 @@ def resize(
 ) -> npt.NDArray[np.uint8]:
     """Resize a box of an image by Keys cubic (a = -0.5), antialiased, reading beyond the box.
 
-    Pillow does just that, but torch's vector code does it five times as fast, only without reading beyond the
+    Pillow does just that, but torch's vector code does it several times as fast, only without reading beyond the
     box. So torch makes the crop and Pillow its outermost pixels; what is enlarged in any direction is Pillow's.
 
     Args:

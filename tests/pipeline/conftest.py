@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from benchmarks.natural_images import write_images
+from benchmarks.natural_images import natural_image, write_images
 from pipeline.augmentation import Augmentation
 from pipeline.backend import BackendOptions, CropRequest, open_backend
 from pipeline.plan import crop_plan
@@ -52,7 +53,7 @@ def backend(request):
 def make_crops(source):
     """Crop rows with a backend, in batches, and return what it made sample by sample."""
 
-    def crop(backend, rows, work, *, augmentation=None, plan=None, threads=1, batch_size=16, seed=3):
+    def crop(backend, rows, work, *, augmentation=None, plan=None, threads=1, batch_size=16, seed=3, source=source):
         rows = np.asarray(rows)
         options = BackendOptions(torch.device("cpu"), threads, batch_size)
         opened = open_backend(backend, work, options)
@@ -79,3 +80,22 @@ def make_crops(source):
         return {name: torch.cat(parts).numpy() for name, parts in made.items() if parts}
 
     return crop
+
+
+@pytest.fixture(scope="session")
+def odd_shards(tmp_path_factory):
+    """Images of one pixel, one line, one column, gray, progressive, 4:4:4, and of 2600 pixels a side."""
+    folder = tmp_path_factory.mktemp("odd")
+    (folder / "images" / "odd").mkdir(parents=True)
+    kinds = [
+        ((1, 1), {}), ((1, 60), {}), ((60, 1), {}), ((2, 3), {}), ((9, 300), {}), ((200, 300), {"mode": "L"}),
+        ((200, 300), {"progressive": True}), ((150, 100), {"subsampling": "4:4:4"}), ((150, 101), {"quality": 30}),
+        ((2600, 1900), {}),
+    ]  # fmt: skip
+    for i, ((height, width), how) in enumerate(kinds):
+        mode = how.pop("mode", "RGB")
+        whole = Image.fromarray(natural_image(max(height, 64), max(width, 64), i))
+        image = whole.crop((0, 0, width, height)).convert(mode)
+        image.save(folder / "images" / "odd" / f"img{i}.jpg", "JPEG", **({"quality": 90} | how))
+    pack(folder / "images", folder / "shards", workers=1, progress=False)
+    return folder / "shards"

@@ -25,7 +25,7 @@ from distill.gradients import check_compiled_gradients, term_gradient_norms
 from distill.metrics import MetricsLog
 from distill.microbatch import StepInputs
 from distill.models import create_student
-from distill.optim import StudentEma, clip_and_guard, create_optimizer, set_lr
+from distill.optim import StudentEma, clip_gradients, create_optimizer, set_lr, skip_update
 from distill.prototypes import Prototypes, fit_prototypes, load_prototypes, save_prototypes
 from distill.run_folder import write_or_check_config
 from distill.runtime import (
@@ -155,10 +155,8 @@ def train(config: TrainConfig, ranks: Ranks) -> None:
 
             log.phases.mark("optimizer")
             set_lr(optimizer, schedule.lr(step))
-            grad_norm, not_finite = clip_and_guard(
-                optimizer, step_module.parameters(), config.optim.clip_grad, metrics[0]
-            )
-            optimizer.found_inf = guard.submit(step, batch, not_finite, stop.received is not None)
+            grad_norm, not_finite = clip_gradients(step_module.parameters(), config.optim.clip_grad, metrics[0])
+            skip_update(optimizer, guard.submit(step, batch, not_finite, stop.received is not None))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if ema is not None:

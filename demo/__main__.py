@@ -11,7 +11,6 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import torch
 import tyro
@@ -112,7 +111,7 @@ def command(*words: object) -> None:
     print("$ python " + " ".join(texts), flush=True)
     status = subprocess.run([sys.executable, *texts], check=False).returncode
     if status != 0:
-        raise UserError(f"`python {texts[0]}{' ' + texts[1] if texts[0] == '-m' else ''} ...` ended with status {status}.")
+        raise UserError(f"`python {' '.join(texts[:3])} ...` ended with status {status}; its message stands above.")
 
 
 def heading(text: str) -> None:

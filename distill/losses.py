@@ -87,6 +87,7 @@ def koleo_loss(
     x = F.normalize(cls.float(), dim=-1, eps=eps)
     others, offset = x, 0
     if all_ranks and dist.is_initialized() and dist.get_world_size() > 1:
+        assert dist.group.WORLD is not None
         others = collectives.all_gather_tensor_autograd(x, 0, dist.group.WORLD)
         offset = dist.get_rank() * x.shape[0]
     with torch.no_grad():

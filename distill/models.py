@@ -68,12 +68,10 @@ def create_student(config: StudentConfig, *, seed: int) -> Eva:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = create_vit(config.arch, patch_size=config.patch_size, model_args=args)
-    _check_packable(model, config.arch)
-    assert isinstance(model, Eva)
-    return model
+    return _packable(model, config.arch)
 
 
-def _check_packable(model: nn.Module, arch: str) -> None:
+def _packable(model: Any, arch: str) -> Eva:
     packable = (
         isinstance(model, Eva)
         and model.rope is not None
@@ -86,6 +84,8 @@ def _check_packable(model: nn.Module, arch: str) -> None:
             f"--arch {arch}: the student must be a timm Eva ViT with RoPE, no absolute position embedding and "
             f"fused qkv, such as {', '.join(FAMILY)}."
         )
+    assert isinstance(model, Eva)
+    return model
 
 
 def rope_table(model: Eva, crop_size: int) -> Float[Tensor, "n e"]:
@@ -94,7 +94,9 @@ def rope_table(model: Eva, crop_size: int) -> Float[Tensor, "n e"]:
     timm rebuilds this table at every forward pass of a model with dynamic image size; here it is made once.
     """
     side = crop_size // int(model.patch_embed.patch_size[0])
-    return model.rope.get_embed(shape=(side, side)).detach().clone()
+    rope: Any = model.rope
+    table: Tensor = rope.get_embed(shape=(side, side))
+    return table.detach().clone()
 
 
 def packed_tokens(

@@ -57,30 +57,31 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr * group["lr_scale"]
 
 
-def clip_and_guard(
-    optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], max_norm: float, loss: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Clip gradients by their total norm, and make the next optimizer step a no-op where anything is not finite.
-
-    All on the device: `found_inf` is the flag that fused optimizers read for gradient scalers.
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, loss: Tensor) -> tuple[Tensor, Tensor]:
+    """Clip gradients by their total norm, without a host sync.
 
     Args:
-        optimizer: a fused optimizer.
-        parameters: those with gradients.
+        parameters: those without a gradient are passed over.
         max_norm: largest norm; 0 leaves the gradients as they are.
         loss: the step's loss, 0-d.
 
     Returns:
-        The norm before clipping and the flag (1 where loss or norm is not finite), 0-d each.
+        The norm before clipping, and a flag that is 1 where loss or norm is not finite; 0-d each.
     """
     parameters = [p for p in parameters if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
     if max_norm > 0:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm, foreach=True)
-    found_inf = (~(torch.isfinite(norm) & torch.isfinite(loss))).float()
-    optimizer.found_inf = found_inf  # type: ignore[attr-defined]
+    return norm, (~(torch.isfinite(norm) & torch.isfinite(loss))).float()
+
+
+def skip_update(optimizer: torch.optim.Optimizer, flag: Tensor) -> None:
+    """Make the next step of a fused optimizer a no-op on the device where `flag` (0-d) is 1.
+
+    `found_inf` is what fused optimizers read from gradient scalers.
+    """
+    optimizer.found_inf = flag  # type: ignore[attr-defined]
     optimizer.grad_scale = None  # type: ignore[attr-defined]
-    return norm, found_inf
 
 
 class StudentEma:

@@ -58,7 +58,7 @@ def parse_config(argv: Sequence[str] | None = None) -> TrainConfig:
         elif word.startswith("--preset="):
             name = word.partition("=")[2]
     kind = Annotated[TrainConfig, tyro.conf.OmitArgPrefixes]
-    return tyro.cli(  # type: ignore[no-any-return, call-overload]
+    return tyro.cli(
         kind,
         args=argv,
         default=preset(name),

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from jaxtyping import UInt8
 from timm.layers import RotaryEmbeddingDinoV3
-from torch import Tensor, nn
+from torch import Tensor
 
 from distill.config import TeacherConfig
 from distill.models import create_vit
@@ -32,7 +33,7 @@ class FrozenTeacher:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         *,
         arch: str,
         img_size: int,
@@ -40,27 +41,26 @@ class FrozenTeacher:
         device: torch.device,
         round_rope_periods: bool = False,
     ):
-        self.model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+        self.model: Any = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
         _restore_rope_table(self.model, round_rope_periods)
         self.arch = arch
         self.img_size = img_size
         self.dtype = dtype
         self.device = device
-        self.embed_dim = int(model.embed_dim)  # type: ignore[arg-type]
-        self.num_prefix_tokens = int(model.num_prefix_tokens)  # type: ignore[arg-type]
-        config: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
-        self.mean: tuple[float, float, float] = tuple(config["mean"])  # type: ignore[assignment]
-        self.std: tuple[float, float, float] = tuple(config["std"])  # type: ignore[assignment]
-        self._tokens = self._forward
+        self.embed_dim = int(self.model.embed_dim)
+        self.num_prefix_tokens = int(self.model.num_prefix_tokens)
+        self.mean: tuple[float, float, float] = tuple(self.model.pretrained_cfg["mean"])
+        self.std: tuple[float, float, float] = tuple(self.model.pretrained_cfg["std"])
+        self._tokens: Callable[[Tensor], Tensor] = self._forward
 
     def compile(self, backend: str = "inductor") -> None:
         """Compile the forward pass for the one crop size it will see."""
-        self._tokens = torch.compile(self._forward, backend=backend, fullgraph=True, dynamic=False)  # type: ignore[method-assign]
+        self._tokens = torch.compile(self._forward, backend=backend, fullgraph=True, dynamic=False)
 
     def num_patches(self) -> int:
         """Return the number of patch tokens of one crop."""
-        patch = self.model.patch_embed.patch_size  # type: ignore[union-attr]
-        return (self.img_size // int(patch[0])) * (self.img_size // int(patch[1]))  # type: ignore[index,arg-type]
+        patch = self.model.patch_embed.patch_size
+        return (self.img_size // int(patch[0])) * (self.img_size // int(patch[1]))
 
     @torch.no_grad()
     def __call__(self, crops: UInt8[Tensor, "gb G G 3"], num_crops: int = 2) -> TeacherTargets:
@@ -83,9 +83,10 @@ class FrozenTeacher:
         return TeacherTargets(cls=tokens[:, :, 0], patches=tokens[:, :, self.num_prefix_tokens :])
 
     def _forward(self, crops: Tensor) -> Tensor:
-        return self.model.forward_features(  # type: ignore[operator]
+        tokens: Tensor = self.model.forward_features(
             normalise(crops, mean=self.mean, std=self.std, dtype=self.dtype)
         )
+        return tokens
 
     def fingerprint(self) -> dict[str, Any]:
         """Return what decides this teacher's outputs on given crops; a cache with another one is refused."""
@@ -98,7 +99,7 @@ class FrozenTeacher:
             "img_size": self.img_size,
             "mean": list(self.mean),
             "std": list(self.std),
-            "rope_periods": rope.periods.tolist() if isinstance(rope, RotaryEmbeddingDinoV3) else None,
+            "rope_periods": rope.periods.tolist() if _is_dinov3_rope(rope) else None,
         }
 
 
@@ -124,7 +125,8 @@ def load_teacher(
         )
     except OSError as error:
         raise UserError(
-            f"--teacher_arch {arch}: its weights could not be found or downloaded ({str(error).partition(chr(10))[0]}). "
+            f"--teacher_arch {arch}: its weights could not be found or downloaded "
+            f"({str(error).partition(chr(10))[0]}). "
             "Give a local file with --teacher_pretrained_weights (Meta's .pth or timm's .safetensors), or an existing "
             "local-dir:FOLDER."
         ) from error
@@ -138,14 +140,18 @@ def load_teacher(
     )
 
 
-def _restore_rope_table(model: nn.Module, round_periods: bool) -> None:
+def _restore_rope_table(model: Any, round_periods: bool) -> None:
     """Recompute RoPE's table in fp32, which a cast of the model to bf16 would have rounded.
 
     With periods rounded to bf16, as in Meta's release, timm's DINOv3 equals Meta's code to the bit.
     """
     rope = getattr(model, "rope", None)
-    if isinstance(rope, RotaryEmbeddingDinoV3) and rope.feat_shape is not None:
+    if _is_dinov3_rope(rope) and rope.feat_shape is not None:
         periods = rope._compute_periods(device=rope.periods.device)
         rope.periods.copy_(periods.bfloat16().float() if round_periods else periods)
         table = rope._create_embed(rope.feat_shape, no_aug=True)
         rope.register_buffer("pos_embed_cached", table, persistent=False)
+
+
+def _is_dinov3_rope(rope: Any) -> bool:
+    return isinstance(rope, RotaryEmbeddingDinoV3)

@@ -40,9 +40,10 @@ def ibot_by_crops(student: Tensor, teacher: Tensor, crop_of_row: list[int], temp
 
 def koleo_by_pairs(cls: Tensor) -> Tensor:
     unit = cls / cls.norm(dim=1, keepdim=True)
-    distances = []
-    for i in range(len(unit)):
-        distances.append(min(((unit[i] - unit[j]).norm() for j in range(len(unit)) if j != i), key=lambda d: d.item()))
+    distances = [
+        min(((unit[i] - unit[j]).norm() for j in range(len(unit)) if j != i), key=lambda d: d.item())
+        for i in range(len(unit))
+    ]
     return -torch.stack([torch.log(d) for d in distances]).mean()
 
 

@@ -86,7 +86,7 @@ def test_an_unknown_architecture_is_named() -> None:
 
 
 def test_a_model_without_class_token_is_refused() -> None:
-    with pytest.raises(UserError, match="class token|cannot create"):
+    with pytest.raises(UserError, match=r"class token|cannot create"):
         create_vit("resnet18")
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from distill.config import OptimConfig
 from distill.microbatch import StepInputs
-from distill.optim import StudentEma, clip_and_guard, create_optimizer, set_lr
+from distill.optim import StudentEma, clip_gradients, create_optimizer, set_lr, skip_update
 from distill.step import DistillStep
 
 MakeStep = Callable[..., DistillStep]
@@ -55,7 +55,8 @@ def stepped(step: DistillStep, inputs: StepInputs, poison: str | None) -> tuple[
     if poison == "gradient":
         step.student.blocks[1].attn.qkv.weight.grad[3, 3] = float("inf")
     value = metrics[0] * float("nan") if poison == "loss" else metrics[0]
-    _, flag = clip_and_guard(optimizer, step.parameters(), 3.0, value)
+    _, flag = clip_gradients(step.parameters(), 3.0, value)
+    skip_update(optimizer, flag)
     optimizer.step()
     return step, flag.item()
 
@@ -80,11 +81,10 @@ def test_a_finite_step_changes_every_trained_weight_and_no_buffer(make_step: Mak
 def test_clipping_scales_to_the_limit_and_reports_the_norm_before(make_step: MakeStep) -> None:
     parameters = [torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.zeros(4))]
     parameters[0].grad, parameters[1].grad = torch.full((3,), 3.0), torch.full((4,), 3.0)
-    optimizer = torch.optim.AdamW(parameters, fused=True)
-    norm, _ = clip_and_guard(optimizer, parameters, 1.0, torch.zeros(()))
+    norm, _ = clip_gradients(parameters, 1.0, torch.zeros(()))
     assert norm.item() == pytest.approx(63**0.5)
     assert torch.cat([p.grad for p in parameters]).norm().item() == pytest.approx(1.0, rel=1e-5)
-    norm, _ = clip_and_guard(optimizer, parameters, 0.0, torch.zeros(()))
+    norm, _ = clip_gradients(parameters, 0.0, torch.zeros(()))
     assert norm.item() == pytest.approx(1.0, rel=1e-5)
     assert torch.cat([p.grad for p in parameters]).norm().item() == pytest.approx(1.0, rel=1e-5)
 

@@ -89,7 +89,8 @@ def test_the_log_holds_means_over_the_steps_since_the_last_line(
             log.flush(step, lr=0.5)
     log.close()
     written = lines(tmp_path)
-    assert [(x["step"], x["loss"], x["grad_norm"], x["lr"]) for x in written] == [(2, 1.5, 15.0, 0.5), (3, 6.0, 60.0, 0.5)]
+    found = [(x["step"], x["loss"], x["grad_norm"], x["lr"]) for x in written]
+    assert found == [(2, 1.5, 15.0, 0.5), (3, 6.0, 60.0, 0.5)]
     assert all(x["images_per_second"] > 0 and 0 <= x["data_wait"] <= 1 for x in written)
     assert "step 3/3" in capsys.readouterr().err
     assert "images/s over 12 images" in log.summary()
@@ -121,7 +122,8 @@ def test_one_process_needs_no_process_group(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="provokes the error of a machine without a GPU")
 def test_a_wanted_gpu_that_is_not_there_is_an_error() -> None:
-    with pytest.raises(UserError, match="--device cuda: torch .* sees no CUDA device"), process_group(RuntimeConfig(device="cuda")):
+    expected = pytest.raises(UserError, match=r"--device cuda: torch .* sees no CUDA device")
+    with expected, process_group(RuntimeConfig(device="cuda")):
         pass
 
 

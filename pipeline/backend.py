@@ -178,6 +178,14 @@ def default_num_threads() -> int:
     return min(usable_cores(), _MAX_DEFAULT_THREADS)
 
 
+def resolve_device(device: str | torch.device) -> torch.device:
+    """A device with its index, as another thread has another current device."""
+    resolved = torch.device(device)
+    if resolved.type == "cuda" and resolved.index is None and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return resolved
+
+
 def choose_backend(name: str, device: torch.device) -> tuple[str, str]:
     """Resolve a backend's name, and log, once, which was taken and why.
 

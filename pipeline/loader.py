@@ -23,6 +23,7 @@ from pipeline.backend import (
     Crops,
     choose_backend,
     default_num_threads,
+    resolve_device,
     training_work,
 )
 from pipeline.batch import MultiCropBatch
@@ -231,7 +232,7 @@ def open_loader(
     )
     _check(settings, source)
     options = BackendOptions(
-        device=torch.device(device),
+        device=resolve_device(device),
         num_threads=default_num_threads() if num_threads is None else num_threads,
         max_batch_size=global_batch_size // world_size,
         hw_decoder_load=hw_decoder_load,

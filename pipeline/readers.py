@@ -24,6 +24,7 @@ from pipeline.backend import (
     center_work,
     choose_backend,
     default_num_threads,
+    resolve_device,
     teacher_work,
 )
 from pipeline.failures import FailurePolicy
@@ -177,7 +178,7 @@ def _options(
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}. It must be at least 1. Change batch_size.")
     threads = default_num_threads() if num_threads is None else num_threads
-    return BackendOptions(torch.device(device), threads, batch_size, hw_decoder_load)
+    return BackendOptions(resolve_device(device), threads, batch_size, hw_decoder_load)
 
 
 def _read(

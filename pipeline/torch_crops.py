@@ -7,6 +7,7 @@ and no matrix unit rounds the weights to TF32.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,65 +28,79 @@ _KEYS_A = -0.5
 _KEYS_SUPPORT = 2.0
 
 
+@dataclass(frozen=True)
+class Taps:
+    """Input pixels of each of `s` output pixels of `c` crops along one axis, and their weights."""
+
+    index: Int64[Tensor, "c s k"]
+    weight: Float[Tensor, "c s k"]
+
+
 def cubic_taps(
-    start: npt.NDArray[np.int64], end: npt.NDArray[np.int64], length: npt.NDArray[np.int64], size: int
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+    start: Float[Tensor, " c"], end: Float[Tensor, " c"], length: Int64[Tensor, " c"], size: int, num_taps: int
+) -> Taps:
     """Which input pixels make each output pixel along one axis, and with what weights.
 
     Keys' cubic kernel with a = -0.5, widened by the scale when shrinking; positions beyond the image are
     clamped to its edge (the convention of DALI's resize with a region of interest).
 
     Args:
-        start: first edge of each region, [c]; beyond `end` for a mirrored one.
-        end: last edge of each region, [c].
-        length: pixels of the whole image along this axis, [c].
+        start: first edge of each region, float64; beyond `end` for a mirrored one.
+        end: last edge of each region, float64.
+        length: pixels of the whole image along this axis.
         size: output pixels.
+        num_taps: at least `taps_needed` of the longest region; more only adds zeros.
 
     Returns:
-        Indices int64 [c, size, k] and weights float32 [c, size, k], which sum to one.
+        Indices and weights, which sum to one.
     """
     scale = (end - start) / size
-    width = np.maximum(np.abs(scale), 1.0)
-    centre = start[:, None] + (np.arange(size) + 0.5) * scale[:, None]
-    support = _KEYS_SUPPORT * width
-    num_taps = int(np.ceil(2 * support.max())) + 1
-    pixel = np.floor(centre - support[:, None])[..., None] + np.arange(num_taps)
-    t = np.abs((pixel + 0.5 - centre[..., None]) / width[:, None, None])
+    width = scale.abs().clamp_min(1.0)
+    places = torch.arange(size, device=start.device, dtype=torch.float64)
+    centre = start[:, None] + (places + 0.5) * scale[:, None]
+    first = torch.floor(centre - _KEYS_SUPPORT * width[:, None])
+    pixel = first[..., None] + torch.arange(num_taps, device=start.device)
+    t = ((pixel + 0.5 - centre[..., None]) / width[:, None, None]).abs()
     a = _KEYS_A
     near = ((a + 2) * t - (a + 3)) * t * t + 1
     far = ((a * t - 5 * a) * t + 8 * a) * t - 4 * a
-    weight = np.where(t < 1, near, np.where(t < 2, far, 0.0))
-    weight /= weight.sum(-1, keepdims=True)
-    index = np.clip(pixel.astype(np.int64), 0, (length - 1)[:, None, None])
-    return index, weight.astype(np.float32)
+    weight = torch.where(t < 1, near, torch.where(t < 2, far, 0.0))
+    weight = weight / weight.sum(-1, keepdim=True)
+    index = torch.minimum(pixel.long().clamp_min(0), (length - 1)[:, None, None])
+    return Taps(index, weight.float())
+
+
+def taps_needed(longest: int, size: int) -> int:
+    """Taps that cover the kernel of a region of that many pixels."""
+    return math.ceil(2 * _KEYS_SUPPORT * max(1.0, longest / size)) + 1
 
 
 def resample(
     images: Float[Tensor, "n h w 3"],
     which: Int64[Tensor, " c"],
-    rows: tuple[Int64[Tensor, "c s k"], Float[Tensor, "c s k"]],
-    columns: tuple[Int64[Tensor, "c s k"], Float[Tensor, "c s k"]],
+    rows: Taps,
+    columns: Taps,
 ) -> UInt8[Tensor, "c s s 3"]:
     """Resize regions of images, rows first, with taps from `cubic_taps`.
 
     Args:
         images: float32, padded to a common size.
         which: image of each crop.
-        rows: indices and weights along the height.
-        columns: indices and weights along the width.
+        rows: along the height.
+        columns: along the width.
 
     Returns:
         Crops, rounded to uint8.
     """
     n, h, w, _ = images.shape
-    c, size, _ = rows[0].shape
-    index = (rows[0] + (which * h)[:, None, None]).reshape(c * size, -1)
+    c, size, _ = rows.index.shape
+    index = (rows.index + (which * h)[:, None, None]).reshape(c * size, -1)
     tall = F.embedding_bag(
-        index, images.reshape(n * h, w * 3), per_sample_weights=rows[1].reshape(c * size, -1), mode="sum"
+        index, images.reshape(n * h, w * 3), per_sample_weights=rows.weight.reshape(c * size, -1), mode="sum"
     )
     wide = tall.reshape(c, size, w, 3).transpose(1, 2).reshape(c * w, size * 3)  # [c*w, s*3]
-    index = (columns[0] + (torch.arange(c, device=which.device) * w)[:, None, None]).reshape(c * size, -1)
-    crops = F.embedding_bag(index, wide, per_sample_weights=columns[1].reshape(c * size, -1), mode="sum")
+    index = (columns.index + (torch.arange(c, device=which.device) * w)[:, None, None]).reshape(c * size, -1)
+    crops = F.embedding_bag(index, wide, per_sample_weights=columns.weight.reshape(c * size, -1), mode="sum")
     return _round(crops.reshape(c, size, size, 3).transpose(1, 2)).to(torch.uint8).contiguous()
 
 
@@ -222,21 +237,19 @@ class TorchCrops:
 
     def _resized(self, images: Tensor, sizes: npt.NDArray[np.int64], plan: CropPlan, views: range, side: int) -> Tensor:
         """Clean crops of some views, uint8 [v, n, side, side, 3]."""
-        n, v = len(sizes), len(views)
-        boxes = plan.boxes[:, views.start : views.stop].astype(np.int64).swapaxes(0, 1).reshape(v * n, 4)
+        n, v, device = len(sizes), len(views), self._device
+        boxes = plan.boxes[:, views.start : views.stop].swapaxes(0, 1).reshape(v * n, 4)
         flips = plan.flips[:, views.start : views.stop].swapaxes(0, 1).reshape(-1)
         top, left, height, width = boxes.T
-        lengths = np.tile(sizes, (v, 1))
-        rows = cubic_taps(top, top + height, lengths[:, 0], side)
         right = left + width
-        columns = cubic_taps(np.where(flips, right, left), np.where(flips, left, right), lengths[:, 1], side)
-        which = torch.arange(n, device=self._device).repeat(v)
-        crops = resample(images, which, self._taps(rows), self._taps(columns))
+        edges = np.stack([top, top + height, np.where(flips, right, left), np.where(flips, left, right)])
+        start_y, end_y, start_x, end_x = torch.from_numpy(edges.astype(np.float64)).to(device)
+        lengths = torch.from_numpy(np.tile(sizes, (v, 1))).to(device)
+        num_taps = taps_needed(int(boxes[:, 2:].max()), side)
+        rows = cubic_taps(start_y, end_y, lengths[:, 0], side, num_taps)
+        columns = cubic_taps(start_x, end_x, lengths[:, 1], side, num_taps)
+        crops = resample(images, torch.arange(n, device=device).repeat(v), rows, columns)
         return crops.reshape(v, n, side, side, 3)
-
-    def _taps(self, taps: tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]) -> tuple[Tensor, Tensor]:
-        index, weight = (torch.from_numpy(part).to(self._device) for part in taps)
-        return index, weight
 
     def _distorted(self, crops: Tensor, plan: CropPlan, views: range) -> Tensor:
         chosen = slice(views.start, views.stop)

@@ -11,7 +11,7 @@ from pipeline.backend import training_work
 from pipeline.cpu_crops import distort as cpu_distort
 from pipeline.plan import CropPlan, crop_plan
 from pipeline.source import ShardSource
-from pipeline.torch_crops import cubic_taps, resample
+from pipeline.torch_crops import cubic_taps, resample, taps_needed
 from pipeline.torch_crops import distort as torch_distort
 
 # Units of 1/255. Torch computes what DALI computes in another order of float32 sums: a sum that lies at a
@@ -128,9 +128,12 @@ def test_torch_resize_equals_the_definition_of_the_kernel(shape, box, flip):
     expected = _reference_axis(image, top, top + height, 16)
     expected = _reference_axis(expected.swapaxes(0, 1), *ends, 16).swapaxes(0, 1)
     taps = [
-        tuple(torch.from_numpy(part) for part in cubic_taps(*(np.array([x]) for x in (start, end, length)), 16))
+        cubic_taps(
+            torch.tensor([float(start)]).double(), torch.tensor([float(end)]).double(), torch.tensor([length]), 16,
+            taps_needed(abs(end - start), 16),
+        )
         for start, end, length in [(top, top + height, shape[0]), (*ends, shape[1])]
-    ]
+    ]  # fmt: skip
     crop = resample(torch.from_numpy(image).float()[None], torch.zeros(1, dtype=torch.int64), *taps)[0].numpy()
     clamped = np.clip(expected, 0, 255)
     # Half a unit from rounding, and float32 sums of a few dozen terms up to 255.

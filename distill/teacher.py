@@ -90,7 +90,7 @@ class FrozenTeacher:
 
     def fingerprint(self) -> dict[str, Any]:
         """Return what decides this teacher's outputs on given crops; a cache with another one is refused."""
-        rope = getattr(self.model, "rope", None)
+        rope: Any = getattr(self.model, "rope", None)
         return {
             "architecture": self.arch.removeprefix(LOCAL_DIR).rstrip("/").rsplit("/", 1)[-1],
             "state_dict_sha256": state_dict_sha256(self.model),
@@ -145,7 +145,7 @@ def _restore_rope_table(model: Any, round_periods: bool) -> None:
 
     With periods rounded to bf16, as in Meta's release, timm's DINOv3 equals Meta's code to the bit.
     """
-    rope = getattr(model, "rope", None)
+    rope: Any = getattr(model, "rope", None)
     if _is_dinov3_rope(rope) and rope.feat_shape is not None:
         periods = rope._compute_periods(device=rope.periods.device)
         rope.periods.copy_(periods.bfloat16().float() if round_periods else periods)

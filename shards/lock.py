@@ -12,7 +12,7 @@ from pathlib import Path
 from shards.errors import UserError
 
 _LOCK, _WORKERS_LOCK = "lock", "workers.lock"
-_ORPHANS_END_WITHIN = 60.0  # seconds; a worker looks for its parent once an image
+_ORPHANS_END_WITHIN = 60.0  # seconds; a worker ends within milliseconds of its parent
 
 
 @contextmanager

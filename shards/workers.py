@@ -5,9 +5,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.sharedctypes import Synchronized
 from multiprocessing.synchronize import Event
@@ -65,14 +67,11 @@ class ShardPacker:
 
 @dataclass(frozen=True)
 class _Shared:
-    parent: int
     stop: Event
     done: Synchronized[int]
     quarantined: Synchronized[int]
 
     def tick(self, done: int, quarantined: int) -> None:
-        if os.getppid() != self.parent:
-            os._exit(1)  # the packer was killed; its successor waits for us
         if self.stop.is_set():
             raise _Stopped
         with self.done.get_lock():
@@ -87,10 +86,17 @@ _worker: tuple[ShardPacker, _Shared]
 
 def _start_worker(job: PackJob, shared: _Shared) -> None:
     global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     hold_as_worker(job.output / WORK_FOLDER)
-    shared.tick(0, 0)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _worker = ShardPacker(job), shared
+
+
+def _end_with_parent() -> None:
+    """Wait for the packer to die, and die: idle or not, a worker must not outlive it, for it holds the lock."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _finish_shard(number: int) -> None:
@@ -110,10 +116,12 @@ def finish_shards(job: PackJob, numbers: Iterable[int], workers: int, report: Re
             packer.finish(number, report)
         return
     context = multiprocessing.get_context("spawn")
-    shared = _Shared(os.getpid(), context.Event(), context.Value("q", 0), context.Value("q", 0))
+    shared = _Shared(context.Event(), context.Value("q", 0), context.Value("q", 0))
     with ProcessPoolExecutor(workers, context, _start_worker, (job, shared)) as pool:
         try:
-            _watch([pool.submit(_finish_shard, number) for number in numbers], shared, report)
+            with _interrupts_ignored():  # which the processes started here inherit: the parent decides
+                futures = [pool.submit(_finish_shard, number) for number in numbers]
+            _watch(futures, shared, report)
         except BaseException as error:
             shared.stop.set()
             pool.shutdown(cancel_futures=True)
@@ -123,6 +131,18 @@ def finish_shards(job: PackJob, numbers: Iterable[int], workers: int, report: Re
                     "again: what is finished is kept; try fewer --workers if memory was short."
                 ) from error
             raise
+
+
+@contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
+        yield
+        return
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 def _watch(futures: list[Future[None]], shared: _Shared, report: Report) -> None:

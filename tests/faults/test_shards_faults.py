@@ -1,0 +1,325 @@
+"""What can go wrong around packing: each is a clear error, and nothing half-written is accepted."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import simplejpeg
+
+from shards.__main__ import main
+from shards.errors import UserError
+from shards.format import WORK_FOLDER, load_manifest
+from shards.lock import hold_as_worker, only_packer
+from shards.pack import pack
+from shards.sources.recognise import SourceOptions
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    root = tmp_path / "in"
+    rng = np.random.default_rng(0)
+    for number in range(30):
+        folder = root / f"class{number % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 256, (24, 24, 3), dtype=np.uint8)
+        (folder / f"{number:05d}.jpg").write_bytes(simplejpeg.encode_jpeg(pixels))
+    return root
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    return tmp_path / "out"
+
+
+def run(source: Path, output: Path, **options: Any) -> Any:
+    return pack(source, output, **({"rows_per_shard": 4, "workers": 1, "progress": False} | options))
+
+
+def folder_bytes(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, shards: int, error: BaseException) -> None:
+    """Make packing fail when it comes to that shard."""
+    import shards.workers as workers
+
+    real = workers.write_shard
+
+    def limited(number: int, *arguments: Any) -> None:
+        if number == shards:
+            raise error
+        real(number, *arguments)
+
+    monkeypatch.setattr(workers, "write_shard", limited)
+
+
+def assert_unfinished_then_whole(source: Path, output: Path, tmp_path: Path) -> None:
+    """No reader accepts the folder now; the same command completes it to an unbroken run's."""
+    with pytest.raises(UserError, match=r"packing is not finished. Run the same pack command again"):
+        load_manifest(output)
+    run(source, output)
+    run(source, tmp_path / "unbroken")
+    assert folder_bytes(output) == folder_bytes(tmp_path / "unbroken")
+
+
+@pytest.mark.parametrize("write", [3, 20, 33])
+def test_a_full_disk_names_the_place_and_the_same_command_continues(
+    source: Path, output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: int
+) -> None:
+    writes = 0
+    real = os.fsync
+
+    def full(descriptor: int) -> None:
+        nonlocal writes
+        writes += 1
+        if writes == write:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(descriptor)
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(UserError, match=r"the disk is full .*Make room and run the same command again"):
+        run(source, output)
+    monkeypatch.undo()
+    assert not list(output.rglob("*.tmp-*"))
+    assert_unfinished_then_whole(source, output, tmp_path)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 256 KiB of its own, where this user may mount one."""
+    place = tmp_path / "small"
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(place)]
+    try:
+        mounted = subprocess.run(command, capture_output=True, check=False).returncode == 0
+    except FileNotFoundError:
+        mounted = False
+    if not mounted:
+        pytest.skip("mounting a small file system is not permitted here")
+    yield place
+    # Lazily: the tracebacks of the errors caught still hold mapped files.
+    subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+def test_a_disk_that_is_really_full_is_named(source: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    big = simplejpeg.encode_jpeg(np.random.default_rng(0).integers(0, 256, (400, 400, 3), dtype=np.uint8))
+    for number in range(4):
+        (source / "class0" / f"big{number}.jpg").write_bytes(big)
+    with pytest.raises(UserError, match=r"GB are needed, 0.00 GB are free there. Make room"):
+        run(source, small_disk / "out")
+    monkeypatch.setattr("shards.pack._Run._check_free_disk", lambda *_: None)
+    for workers in (1, 2):
+        with pytest.raises(UserError, match=r"the disk is full \(0 MB free\)"):
+            run(source, small_disk / "out", workers=workers)
+    with pytest.raises(UserError, match="packing is not finished"):
+        load_manifest(small_disk / "out")
+
+
+def test_a_disk_too_small_is_refused_before_packing(
+    source: Path, output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Usage(NamedTuple):
+        free: int
+
+    monkeypatch.setattr("shards.pack.shutil.disk_usage", lambda _: Usage(1000))
+    with pytest.raises(UserError, match=r"about 0.00 GB are needed, 0.00 GB are free there"):
+        run(source, output)
+    assert not list(output.glob("*.tar"))
+
+
+def test_an_unreadable_file_stops_packing_unless_it_is_to_be_skipped(
+    source: Path, output: Path, tmp_path: Path
+) -> None:
+    (source / "class0" / "gone.jpg").symlink_to(tmp_path / "nowhere")
+    for workers in (1, 2):
+        with pytest.raises(UserError, match=r"gone.jpg: cannot be read \(No such file.*--skip-unreadable"):
+            run(source, output, workers=workers)
+    manifest = run(source, output, skip_unreadable=True)
+    assert manifest.counts == {"quarantined": 1, "verbatim": 30}
+    (line,) = (output / "quarantine.jsonl").read_text().splitlines()
+    assert json.loads(line)["reason"].startswith("unreadable: [Errno 2] No such file or directory")
+
+
+@pytest.mark.parametrize("change", ["size", "mtime", "removed"])
+def test_a_source_that_changes_while_it_is_packed_is_named(
+    source: Path, output: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    import shards.workers as workers
+
+    changed = source / "class1" / "00001.jpg"
+    real = workers.Listing
+
+    def listed_then_changed(folder: Path) -> Any:
+        if change == "size":
+            changed.write_bytes(changed.read_bytes() + b"x")
+        elif change == "mtime":
+            os.utime(changed, (1, 1))
+        else:
+            changed.unlink()
+        return real(folder)
+
+    monkeypatch.setattr(workers, "Listing", listed_then_changed)
+    expected = "cannot be read" if change == "removed" else "changed while it was packed"
+    with pytest.raises(UserError, match=f"00001.jpg: {expected}"):
+        run(source, output)
+
+
+def test_a_tar_that_changes_while_it_is_packed_is_named(
+    source: Path, output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shards.workers as workers
+
+    tar = tmp_path / "all.tar"
+    subprocess.run(["tar", "cf", tar, "-C", source, "class0", "class1"], check=True)
+    real = workers.Listing
+
+    def listed_then_touched(folder: Path) -> Any:
+        os.utime(tar, (1, 1))
+        return real(folder)
+
+    monkeypatch.setattr(workers, "Listing", listed_then_touched)
+    with pytest.raises(UserError, match=r"all.tar: changed while it was packed"):
+        run(tar, output)
+    assert not list(output.glob("*.tar"))
+
+
+@pytest.mark.parametrize("change", ["added", "edited", "removed"])
+def test_a_source_that_changed_between_two_runs_is_refused_and_what_changed_is_named(
+    source: Path, output: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    stop_after(monkeypatch, 3, UserError("stopped"))
+    with pytest.raises(UserError, match="stopped"):
+        run(source, output)
+    monkeypatch.undo()
+    path = source / "class0" / "00008.jpg"
+    if change == "added":
+        (source / "class0" / "00007b.jpg").write_bytes(path.read_bytes())
+    elif change == "edited":
+        path.write_bytes(path.read_bytes() + b"x")
+    else:
+        path.unlink()
+    what = "00007b.jpg was added" if change == "added" else "00008.jpg"
+    with pytest.raises(UserError, match=f"changed since this packing began: class0/{what}"):
+        run(source, output)
+
+
+def test_a_packing_begun_with_other_arguments_is_refused_with_both_values(
+    source: Path, output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop_after(monkeypatch, 2, UserError("stopped"))
+    with pytest.raises(UserError, match="stopped"):
+        run(source, output, seed=1)
+    monkeypatch.undo()
+    with pytest.raises(UserError, match=r"packing was begun with seed = 1, now it is 2. Give the same"):
+        run(source, output, seed=2)
+    with pytest.raises(UserError, match="packing was begun with class_names"):
+        run(source, output, seed=1, options=SourceOptions(classes=("class1", "class0")))
+    assert run(source, output, seed=1).num_rows == 30
+
+
+def test_a_folder_that_is_not_ours_is_left_alone(source: Path, output: Path, tmp_path: Path) -> None:
+    output.mkdir()
+    (output / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match=r"holds other files \(thesis.tex, 1 in all\) and no shards"):
+        run(source, output)
+    assert folder_bytes(output) == {"thesis.tex": b"years of work"}
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"is a file. Give a folder"):
+        run(source, tmp_path / "file")
+    with pytest.raises(UserError, match="lies inside the source"):
+        run(source, source / "shards")
+    with pytest.raises(UserError, match="no such file or folder"):
+        run(tmp_path / "nothing", output)
+    with pytest.raises(UserError, match="rows_per_shard is 0"):
+        run(source, output, rows_per_shard=0)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="0 images found"):
+        run(tmp_path / "empty", tmp_path / "out2")
+
+
+def test_a_second_packer_on_one_output_is_refused_while_the_first_works(source: Path, output: Path) -> None:
+    output.mkdir()
+    with only_packer(output / WORK_FOLDER), pytest.raises(UserError) as refused:
+        run(source, output)
+    assert f"another packer (process {os.getpid()}) is at work there" in str(refused.value)
+    assert run(source, output).num_rows == 30
+
+
+def test_a_packer_waits_for_the_workers_of_a_killed_one(source: Path, output: Path) -> None:
+    (output / WORK_FOLDER).mkdir(parents=True)
+    orphan = hold_as_worker(output / WORK_FOLDER)
+    released = []
+
+    def end_orphan() -> None:
+        time.sleep(0.3)
+        released.append(time.monotonic())
+        os.close(orphan)
+
+    thread = threading.Thread(target=end_orphan)
+    thread.start()
+    run(source, output)
+    assert released and released[0] < time.monotonic()
+    thread.join()
+
+
+def test_a_worker_that_dies_stops_packing_with_a_clear_error(
+    source: Path, output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shards.workers as workers
+
+    def watch_and_kill(futures: Any, shared: Any, report: Any) -> None:
+        while shared.done.value == 0:
+            time.sleep(0.01)
+        for child in workers.multiprocessing.active_children():
+            os.kill(child.pid or 0, signal.SIGKILL)
+        for future in futures:
+            future.result()
+
+    monkeypatch.setattr(workers, "_watch", watch_and_kill)
+    for number in range(400):  # enough that the workers are still at it
+        path = source / "class0" / f"more{number}.jpg"
+        path.write_bytes((source / "class0" / "00000.jpg").read_bytes())
+    with pytest.raises(UserError, match=r"a packing process died .*Run the same command again"):
+        run(source, output, workers=2)
+    monkeypatch.undo()
+    assert_unfinished_then_whole(source, output, tmp_path)
+
+
+def test_commands_print_the_error_alone_and_exit_with_2(
+    source: Path, output: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["pack", "--source", str(source / "no"), "--output", str(output)]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith(f"{source / 'no'}: no such file or folder.")
+    assert "Traceback" not in printed.err
+    assert main(["verify", str(output)]) == 2
+    assert "no such folder. Pack images first" in capsys.readouterr().err
+
+
+def test_an_interrupted_command_says_that_it_continues(source: Path, output: Path, tmp_path: Path) -> None:
+    for number in range(3000):
+        os.link(source / "class0" / "00000.jpg", source / "class0" / f"more{number:05d}.jpg")
+    command = [sys.executable, "-m", "shards", "pack", "--source", source, "--output", output]
+    command += ["--rows-per-shard", "16", "--workers", "2"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    while process.poll() is None and not list(output.glob("*.tar")):
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate()
+    assert process.returncode == 130, errors.decode()
+    assert errors.decode().rstrip().endswith("Interrupted. The same command continues from here.")
+    assert "Traceback" not in errors.decode()
+    with pytest.raises(UserError, match="packing is not finished"):
+        load_manifest(output)

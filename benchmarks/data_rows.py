@@ -20,8 +20,9 @@ from benchmarks.data_results import Measurement
 from benchmarks.peers import PillowRecipe, TorchvisionRecipe
 from pipeline import dali
 from pipeline.augmentation import Augmentation, preset
-from pipeline.backend import BackendOptions, CropRequest, open_backend, training_work
+from pipeline.backend import open_backend
 from pipeline.cpu_crops import decode
+from pipeline.crops import BackendOptions, CropRequest, training_work
 from pipeline.feeder import Feeder
 from pipeline.masks import block_masks
 from pipeline.order import epoch_order

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from pipeline.backend import BackendOptions, BadSampleError, CropRequest, Crops, CropWork
+from pipeline.crops import BackendOptions, BadSampleError, CropRequest, Crops, CropWork
 
 BLUR_TAPS = 9
 SOLARIZE_THRESHOLD = 128

@@ -19,8 +19,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from pipeline.backend import BackendOptions, BadSampleError, CropRequest, Crops, CropWork
 from pipeline.cpu_crops import BLUR_TAPS, SOLARIZE_THRESHOLD
+from pipeline.crops import BackendOptions, BadSampleError, CropRequest, Crops, CropWork
 from pipeline.plan import CropPlan
 
 _IN_FLIGHT = 2

@@ -13,7 +13,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from pipeline.backend import BackendOptions, BadSampleError, CropBackend, CropRequest, Crops, CropWork, open_backend
+from pipeline.backend import open_backend
+from pipeline.crops import BackendOptions, BadSampleError, CropBackend, CropRequest, Crops, CropWork
 
 B = TypeVar("B")
 

@@ -16,17 +16,9 @@ import numpy.typing as npt
 import torch
 
 from pipeline.augmentation import Augmentation
-from pipeline.backend import (
-    BackendOptions,
-    BadSampleError,
-    CropRequest,
-    Crops,
-    choose_backend,
-    default_num_threads,
-    resolve_device,
-    training_work,
-)
+from pipeline.backend import choose_backend, default_num_threads, resolve_device
 from pipeline.batch import MultiCropBatch
+from pipeline.crops import BackendOptions, BadSampleError, CropRequest, Crops, training_work
 from pipeline.failures import FailurePolicy
 from pipeline.feeder import Feeder
 from pipeline.jobs import Job, Ready, receive, run, to_device

@@ -15,18 +15,8 @@ from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 from pipeline.augmentation import Augmentation
-from pipeline.backend import (
-    BackendOptions,
-    BadSampleError,
-    CropRequest,
-    Crops,
-    CropWork,
-    center_work,
-    choose_backend,
-    default_num_threads,
-    resolve_device,
-    teacher_work,
-)
+from pipeline.backend import choose_backend, default_num_threads, resolve_device
+from pipeline.crops import BackendOptions, BadSampleError, CropRequest, Crops, CropWork, center_work, teacher_work
 from pipeline.failures import FailurePolicy
 from pipeline.feeder import Feeder
 from pipeline.jobs import Job, Ready, receive, run, to_device

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
-from pipeline.backend import BackendOptions, BadSampleError, CropRequest, Crops, CropWork
 from pipeline.cpu_crops import BLUR_TAPS, SOLARIZE_THRESHOLD, decode
+from pipeline.crops import BackendOptions, BadSampleError, CropRequest, Crops, CropWork
 from pipeline.plan import CropPlan
 
 _KEYS_A = -0.5

@@ -7,7 +7,8 @@ from PIL import Image
 
 from benchmarks.natural_images import natural_image, write_images
 from pipeline.augmentation import Augmentation
-from pipeline.backend import BackendOptions, CropRequest, open_backend
+from pipeline.backend import open_backend
+from pipeline.crops import BackendOptions, CropRequest
 from pipeline.plan import crop_plan
 from pipeline.source import ShardSource
 from shards.pack import pack

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from pipeline.augmentation import preset
-from pipeline.backend import training_work
 from pipeline.cpu_crops import distort as cpu_distort
+from pipeline.crops import training_work
 from pipeline.plan import CropPlan, crop_plan
 from pipeline.source import ShardSource
 from pipeline.torch_crops import cubic_taps, resample, taps_needed

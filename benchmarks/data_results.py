@@ -19,6 +19,8 @@ _PACKAGES = (
     "numpy", "torch", "torchvision", "nvidia-dali-cuda130", "pillow", "opencv-python-headless", "simplejpeg",
     "webdataset",
 )  # fmt: skip
+# What a figure depends on: changes in it that are not committed are shown beside the commit.
+_MEASURED = ("../pipeline", "../shards", "bench_data.py", "data_rows.py", "data_gpu.py", "peers.py")
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,6 @@ def _commit() -> str:
     folder = Path(__file__).parent
     done = [
         subprocess.run(["git", *command], cwd=folder, capture_output=True, text=True, check=False).stdout.strip()
-        for command in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "--", "../pipeline", "."])
+        for command in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "--", *_MEASURED])
     ]
     return f"{done[0] or 'unknown'}{'+changes' if done[1] else ''}"

@@ -271,20 +271,15 @@ def append(path: Path, rows: Sequence[Any]) -> None:
 
 
 def write_choice(rows: list[Row]) -> None:
-    """Keeps for "auto" the times of this device at the usual batch; rows of other devices stay."""
+    """Keeps for "auto" the figures of this device at the usual batch; rows of other devices stay."""
     device = rows[0].device
     known = [row for row in choice.load_measurements() if row.device != device]
-    eigh, resolvent = (
-        {row.n: row for row in rows if row.path in names and row.batch == CHOICE_BATCH}
-        for names in (
-            ("eigh_fused",) if device == "cuda" else (BASELINE,),
-            ("resolvent",) if device == "cuda" else ("resolvent_cholesky",),
-        )
-    )
-    known += [
-        choice.Measurement(device, eigh[n].hardware, n, eigh[n].milliseconds, resolvent[n].milliseconds)
-        for n in sorted(eigh)
-    ]
+    found = {(row.path, row.n): row for row in rows if row.batch == CHOICE_BATCH}
+    ours = ("eigh_fused", "resolvent") if device == "cuda" else (BASELINE, "resolvent_cholesky")
+    for n in sorted({row.n for row in rows}):
+        eigh, resolvent = (found[path, n] for path in ours)
+        ratio = float(f"{resolvent.speedup / eigh.speedup:.3g}")
+        known.append(choice.Measurement(device, eigh.hardware, n, eigh.milliseconds, ratio))
     lines = ",\n".join(json.dumps(asdict(row)) for row in known)
     choice.MEASURED_PATH.write_text(f"[\n{lines}\n]\n")
 

@@ -16,7 +16,8 @@ def logm_op(matrices: Tensor, eps: float, backend: str) -> Tensor:
     """Matrix logarithm [b, n, n], fp32 or fp64."""
     name = choice.resolve(backend, matrices)
     with full_fp32(matrices.device):
-        return eigh_logm(matrices) if name == "eigh" else resolvent_logm(matrices, eps)
+        log = eigh_logm(matrices) if name == "eigh" else resolvent_logm(matrices, eps)
+    return log.contiguous()  # what the compiler was told; products of column-major vectors are not
 
 
 @logm_op.register_fake
@@ -30,8 +31,8 @@ def logm_backward_op(matrices: Tensor, grad: Tensor, eps: float, backend: str) -
     name = choice.resolve(backend, matrices)
     with full_fp32(matrices.device):
         if name == "eigh":
-            return eigh_logm_backward(matrices, grad)
-        return resolvent_logm_backward(matrices, grad, eps)
+            return eigh_logm_backward(matrices, grad).contiguous()
+        return resolvent_logm_backward(matrices, grad, eps).contiguous()
 
 
 @logm_backward_op.register_fake
@@ -45,8 +46,10 @@ def log_loss_op(matrices: Tensor, target: Tensor, eps: float, backend: str, with
     name = choice.resolve(backend, matrices)
     with full_fp32(matrices.device):
         if name == "eigh":
-            return eigh_loss(matrices, target, with_grad)
-        return resolvent_loss(matrices, target, eps, with_grad)
+            distance, gradient = eigh_loss(matrices, target, with_grad)
+        else:
+            distance, gradient = resolvent_loss(matrices, target, eps, with_grad)
+    return distance.contiguous(), gradient.contiguous()
 
 
 @log_loss_op.register_fake
@@ -65,21 +68,35 @@ def _logm_backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ign
     return logm_backward_op(matrices, grad, ctx.eps, ctx.backend), None, None
 
 
+@torch.library.custom_op("firn_spd::only_once", mutates_args=())
+def only_once_op(grad_loss: Tensor, matrices: Tensor) -> Tensor:
+    """A copy of `grad_loss` that depends on the matrices, so that a second derivative is an error, not wrong."""
+    return grad_loss.clone()
+
+
+@only_once_op.register_fake
+def _(grad_loss: Tensor, matrices: Tensor) -> Tensor:
+    return torch.empty_like(grad_loss)
+
+
 def _loss_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    ctx.save_for_backward(output[1])
-    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(inputs[0], output[1])
 
 
-def _loss_backward(ctx, grad_loss, grad_of_gradient):  # type: ignore[no-untyped-def]
-    if grad_of_gradient is not None:
-        raise RuntimeError(
-            "firn_spd::log_loss is differentiable once, and a second derivative was asked for. "
-            "Call backward without create_graph."
-        )
-    (gradient,) = ctx.saved_tensors
-    grad_matrices = None if grad_loss is None else grad_loss[:, None, None] * gradient
-    return grad_matrices, None, None, None, None
+def _loss_backward(ctx, grad_loss, _):  # type: ignore[no-untyped-def]
+    matrices, gradient = ctx.saved_tensors
+    return only_once_op(grad_loss, matrices)[:, None, None] * gradient, None, None, None, None
+
+
+def _refuse_second_derivative(ctx, *_):  # type: ignore[no-untyped-def]
+    raise RuntimeError(
+        "firn_spd: the logarithm and the loss are differentiable once, and a second derivative was asked for. "
+        "Call backward without create_graph."
+    )
 
 
 logm_op.register_autograd(_logm_backward, setup_context=_logm_setup)
 log_loss_op.register_autograd(_loss_backward, setup_context=_loss_setup)
+logm_backward_op.register_autograd(_refuse_second_derivative)
+only_once_op.register_autograd(_refuse_second_derivative)

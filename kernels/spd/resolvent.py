@@ -7,17 +7,43 @@ factors.
 
 from __future__ import annotations
 
+import functools
+import logging
+
 import torch
 from torch import Tensor
 
 from kernels.spd import triton_launch
 from kernels.spd.poles import RationalLog, rational_log
 
+logger = logging.getLogger(__name__)
+
+
+def _fused(matrices: Tensor) -> bool:
+    """Whether the Triton kernel takes these matrices; on CUDA it is said once if not."""
+    fits = triton_launch.resolvent_fits(matrices)
+    if not fits and matrices.device.type != "cpu":
+        _say_fallback(str(matrices.dtype), matrices.shape[-1])
+    return fits
+
+
+@functools.cache
+def _say_fallback(dtype: str, n: int) -> None:
+    logger.warning(
+        "SPD resolvent of %s %d x %d matrices by batched Cholesky factors: the fused kernel needs fp32, n <= %d, "
+        "Triton and compute capability %s",
+        dtype,
+        n,
+        n,
+        triton_launch.RESOLVENT_LIMIT,
+        triton_launch.MIN_CAPABILITY,
+    )
+
 
 def resolvent_logm(matrices: Tensor, eps: float) -> Tensor:
     """f(A), [b, n, n] -> [b, n, n]."""
     rational = rational_log(eps, matrices.shape[-1])
-    if triton_launch.resolvent_fits(matrices):
+    if _fused(matrices):
         return triton_launch.resolvent_logm(matrices, rational)
     return _weighted_log(scaled_resolvents(matrices, rational), rational)
 
@@ -26,7 +52,7 @@ def resolvent_logm_backward(matrices: Tensor, grad: Tensor, eps: float) -> Tenso
     """Gradient in A of sum(grad * f(A)), all [b, n, n]."""
     rational = rational_log(eps, matrices.shape[-1])
     symmetric = 0.5 * (grad + grad.mT)
-    if triton_launch.resolvent_fits(matrices):
+    if _fused(matrices):
         return triton_launch.resolvent_logm_backward(matrices, symmetric, rational)
     return _pullback(scaled_resolvents(matrices, rational), symmetric)
 
@@ -34,7 +60,7 @@ def resolvent_logm_backward(matrices: Tensor, grad: Tensor, eps: float) -> Tenso
 def resolvent_loss(matrices: Tensor, target: Tensor, eps: float, with_grad: bool) -> tuple[Tensor, Tensor]:
     """||f(A) - T||_F^2 of each matrix, [b], and its gradient in A, [b, n, n] (or [0] if not wanted)."""
     rational = rational_log(eps, matrices.shape[-1])
-    if triton_launch.resolvent_fits(matrices):
+    if _fused(matrices):
         return triton_launch.resolvent_loss(matrices, target, rational, with_grad)
     return cholesky_loss(matrices, target, rational, with_grad)
 

@@ -127,9 +127,7 @@ def rational_error():
     @functools.cache
     def measure(eps, n):
         rational = rational_log(eps, n)
-        x = torch.exp(
-            torch.linspace(math.log(rational.lower), math.log(rational.upper), 4001, dtype=torch.float64)
-        )
+        x = torch.exp(torch.linspace(math.log(rational.lower), math.log(rational.upper), 4001, dtype=torch.float64))
         poles = torch.tensor(rational.poles, dtype=torch.float64)
         residues = torch.tensor(rational.residues, dtype=torch.float64)
         value = rational.constant - (residues / (x[:, None] + poles)).sum(dim=1) - x.log()

@@ -71,7 +71,8 @@ def _run(command: object) -> int:
                     _print(describe_row(cache, command.view_set, command.row))
         case Repair():
             for damage in repair_cache(command.cache):
-                print(f"dropped view set {damage.view_set}, shard {damage.shard}: {damage.message}")
+                done = "restored metadata" if damage.shard is None else f"dropped shard {damage.shard}"
+                print(f"view set {damage.view_set}: {done}: {damage.message}")
         case Calibrate():
             return _calibrate(command)
         case Bench():
@@ -121,7 +122,8 @@ def _verify(command: Verify) -> int:
     with tqdm(desc="verify", unit="images", disable=not sys.stderr.isatty()) as bar:
         report = verify_cache(command.cache, deep=command.deep, index=index, looked_at=bar.update)
     for damage in report.damages:
-        print(f"view set {damage.view_set}, shard {damage.shard}: {damage.message}")
+        place = "metadata" if damage.shard is None else f"shard {damage.shard}"
+        print(f"view set {damage.view_set}, {place}: {damage.message}")
     for view_set, missing in report.missing.items():
         print(f"view set {view_set}: {missing} of {spec.num_shards} shards are not built yet; run build again")
     print(

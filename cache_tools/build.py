@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from cache_tools.calibration import ChannelMoments, calibration_sha256, load_calibration
 from cache_tools.codec import Calibration, EncodedRows, encode
-from cache_tools.commit import committed_shards, write_manifest
+from cache_tools.commit import committed_shards, remove_spent_locks, write_manifest
 from cache_tools.cost import check_disk
 from cache_tools.errors import CacheMismatch
 from cache_tools.fingerprint import Json, cache_fingerprint, check_fingerprint, fingerprint_sha256
@@ -146,6 +146,7 @@ def run_build(
                 batch_size=request.batch_size,
                 written=bar.update,
             ).run(rank=rank, world_size=world_size)
+    remove_spent_locks(paths)
     finished = write_manifest(paths, request.spec, fingerprint)
     return BuildReport(rows, time.perf_counter() - began, tuple(finished))
 
@@ -167,11 +168,11 @@ class _Encoder:
 def _laid_out(request: BuildRequest, teacher: Teacher, read_crops: ReadCrops, *, rank: int, progress: bool) -> Json:
     """Return the attributes of the cache, which the first rank lays out if it is not there."""
     path = Paths(request.root).data
-    if not (path / "zarr.json").exists():
+    if not path.exists():
         if rank == 0:
             _lay_out(request, teacher, read_crops, progress=progress)
         else:
-            _wait_for(path / "zarr.json")
+            _wait_for(path)
     attributes = read_attributes(request.root)
     check_fingerprint(request.fingerprint, attributes["fingerprint"], where=str(request.root))
     spec = CacheSpec.from_json(attributes["spec"])

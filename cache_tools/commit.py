@@ -117,6 +117,16 @@ def shard_lock(paths: Paths, view_set: int, shard: int) -> Iterator[bool]:
         os.close(fd)
 
 
+def remove_spent_locks(paths: Paths) -> None:
+    """Remove the lock files of committed shards, which a killed process leaves.
+
+    Whoever still takes such a lock looks for the record again and finds it.
+    """
+    for path in paths.root.glob("commit/v*/.lock.*"):
+        if path.with_name(f"{path.suffix.removeprefix('.')}.json").exists():
+            path.unlink(missing_ok=True)
+
+
 def write_manifest(paths: Paths, spec: CacheSpec, fingerprint: dict[str, Any]) -> list[int]:
     """List the finished view sets in manifest.json and return them; derived, so any rank may."""
     with cache_lock(paths.root):

@@ -23,6 +23,8 @@ CODECS: tuple[CodecName, ...] = ("int8", "fp16")
 CRC_BYTES = 4
 INDEX_ENTRY_BYTES = 16
 ATTRIBUTE = "teacher_cache"
+# Metadata that no other chunk layout of the same arrays has otherwise.
+UNCHANGEABLE_FIELDS = ("shape", "data_type", "zarr_format", "node_type")
 
 
 @dataclass(frozen=True)
@@ -160,8 +162,7 @@ class Paths:
 
     def view_sets(self) -> list[int]:
         """Numbers of the view sets that exist, finished or not."""
-        found = (p.name[1:] for p in self.data.glob("v*") if (p / "zarr.json").exists())
-        return sorted(int(number) for number in found if number.isdigit())
+        return sorted(int(path.name[1:]) for path in self.data.glob("v*") if path.name[1:].isdigit())
 
 
 def sync_folder(folder: Path) -> None:
@@ -278,10 +279,15 @@ def read_attributes(root: Path) -> dict[str, Any]:
         CacheMismatch: it was written by another version of the format.
     """
     metadata = Paths(root).data / "zarr.json"
-    if not metadata.exists():
+    if not metadata.parent.exists():
         raise CacheIncomplete(
-            f"{root}: no teacher cache here ({metadata.name} is missing in data.zarr). "
-            f"Build one with `make cache SHARDS=... CACHE={root}`."
+            f"{root}: no teacher cache here (no folder {metadata.parent.name}). Build one with "
+            f"`make cache SHARDS=... CACHE={root}`."
+        )
+    if not metadata.exists():
+        raise CacheCorrupt(
+            f"{metadata}: missing. It holds what the cache was made from, which nothing else tells. Copy it again "
+            "from where the cache came, or remove the folder and build again."
         )
     attributes = read_json(metadata).get("attributes", {}).get(ATTRIBUTE)
     if not isinstance(attributes, dict):
@@ -345,7 +351,7 @@ def _published(root: Path, final: Path) -> Iterator[Path | None]:
     """Yield a temporary folder that becomes `final` durably and as a whole; None where `final` is there."""
     root.mkdir(parents=True, exist_ok=True)
     with cache_lock(root):
-        if (final / "zarr.json").exists():
+        if final.exists():
             yield None
             return
         temporary = root / f".{final.name}.partial"

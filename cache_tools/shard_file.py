@@ -242,6 +242,8 @@ class ShardFile:
 
     def advise(self, rows: npt.NDArray[np.int64]) -> None:
         """Ask the kernel to read `rows` ahead, in runs of neighbours."""
+        if not hasattr(os, "posix_fadvise"):  # macOS
+            return
         stride = self.array.row_bytes + CRC_BYTES
         rows = np.sort(rows)
         for run in np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1):

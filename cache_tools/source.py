@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from cache_tools.commit import Commit
 from cache_tools.errors import CacheCorrupt, CacheFallbackWarning
-from cache_tools.format import ArrayLayout, CacheSpec, Paths, foreign_fields, read_json
+from cache_tools.format import UNCHANGEABLE_FIELDS, ArrayLayout, CacheSpec, Paths, foreign_fields, read_json
 from cache_tools.shard_file import REPAIR, OpenFiles, ShardFile, read_whole
 
 Bytes = npt.NDArray[np.uint8]
@@ -171,7 +171,7 @@ def open_source(
     for array in spec.arrays():
         path = paths.view(view_set) / array.name
         fields = foreign_fields(path, array, spec)
-        for field in set(fields) & {"shape", "data_type", "zarr_format", "node_type"}:
+        for field in set(fields) & set(UNCHANGEABLE_FIELDS):
             raise CacheCorrupt(
                 f"{path / 'zarr.json'}: {field} is {read_json(path / 'zarr.json').get(field)!r}, which does not "
                 "fit the cache's attributes. The metadata was altered. Copy the cache again, or build it again."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,16 @@ from cache_tools.calibration import load_calibration
 from cache_tools.commit import Commit, committed_shards, drop_commit, read_commit, shard_lock, write_manifest
 from cache_tools.errors import CacheCorrupt
 from cache_tools.fingerprint import fingerprint_sha256
-from cache_tools.format import CacheSpec, Paths, read_attributes
+from cache_tools.format import (
+    UNCHANGEABLE_FIELDS,
+    CacheSpec,
+    Paths,
+    cache_lock,
+    create_view_set,
+    foreign_fields,
+    read_attributes,
+    write_atomic,
+)
 from cache_tools.join import unpack_ids
 from cache_tools.read import TeacherCache
 from cache_tools.shard_file import REPAIR, FileRecord, partial_path
@@ -31,10 +41,10 @@ LEAST_COSINE_P1 = 0.98
 
 @dataclass(frozen=True)
 class Damage:
-    """A committed shard that is not what was committed."""
+    """A committed shard, or with `shard` None the metadata of a view set, that is not what was written."""
 
     view_set: int
-    shard: int
+    shard: int | None
     message: str
 
 
@@ -101,7 +111,9 @@ def verify_cache(
         done = committed_shards(paths, k, spec)
         if len(done) < spec.num_shards:
             missing[k] = spec.num_shards - len(done)
-        for shard in done:
+        broken = broken_metadata(paths, k, spec)
+        damages += [Damage(k, None, message) for message in broken.values()]
+        for shard in [] if broken else done:
             try:
                 _verify_shard(paths, spec, k, shard, digest, deep=deep, index=index)
             except UserError as error:
@@ -110,6 +122,38 @@ def verify_cache(
             rows += spec.shard_rows[shard]
             looked_at(spec.shard_rows[shard])
     return VerifyReport(shards, rows, missing, tuple(damages))
+
+
+def broken_metadata(paths: Paths, view_set: int, spec: CacheSpec) -> dict[Path, str]:
+    """Return what is wrong with each metadata file of a view set; another chunk layout is not wrong."""
+    group = paths.view(view_set) / "zarr.json"
+    broken = {} if group.exists() else {group: f"{group}: missing."}
+    for array in spec.arrays():
+        path = paths.view(view_set) / array.name / "zarr.json"
+        try:
+            foreign = foreign_fields(path.parent, array, spec)
+        except CacheCorrupt as error:
+            broken[path] = str(error)
+            continue
+        wrong = [field for field in foreign if field in UNCHANGEABLE_FIELDS]
+        if wrong:
+            broken[path] = f"{path}: {', '.join(wrong)} differ from what the cache's attributes say."
+    return broken
+
+
+def _restore_metadata(paths: Paths, view_set: int, spec: CacheSpec) -> None:
+    """Write broken metadata again: it follows from the cache's attributes."""
+    broken = broken_metadata(paths, view_set, spec)
+    if not broken:
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        fresh = Paths(Path(folder))
+        fresh.data.mkdir()
+        create_view_set(fresh.root, view_set, spec)
+        with cache_lock(paths.root):
+            for path in broken:
+                path.parent.mkdir(exist_ok=True)
+                write_atomic(path, (fresh.data / path.relative_to(paths.data)).read_bytes())
 
 
 def _verify_shard(
@@ -213,11 +257,22 @@ def verify_against_teacher(
 
 
 def repair_cache(root: Path) -> tuple[Damage, ...]:
-    """Drop every shard that a deep verification finds damaged, so that a build writes it again; return them."""
+    """Restore metadata, and drop every shard that a deep verification finds damaged, for a build to write again.
+
+    Returns:
+        What was damaged.
+    """
     attributes = read_attributes(root)
     spec, paths = CacheSpec.from_json(attributes["spec"]), Paths(root)
-    damages = verify_cache(root, deep=True).damages
+    damages = tuple(
+        Damage(k, None, message) for k in paths.view_sets() for message in broken_metadata(paths, k, spec).values()
+    )
+    for k in paths.view_sets():
+        _restore_metadata(paths, k, spec)
+    damages += verify_cache(root, deep=True).damages
     for damage in damages:
+        if damage.shard is None:
+            continue
         with shard_lock(paths, damage.view_set, damage.shard) as ours:
             if not ours:
                 raise UserError(

@@ -104,7 +104,7 @@ def test_layout_of_other_tokens_is_refused(build_small: BuildSmall) -> None:
 def test_rank_that_waits_in_vain_says_for_what(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build_module, "WAIT_SECONDS", 0.0)
     request = synthetic_request(tmp_path / "cache")
-    with pytest.raises(UserError, match=r"zarr\.json: not there after 0 s. The first rank calibrates"):
+    with pytest.raises(UserError, match=r"data\.zarr: not there after 0 s. The first rank calibrates"):
         run_build(request, SyntheticTeacher(), SyntheticReader(), rank=1, world_size=2, progress=False)
 
 

@@ -257,7 +257,7 @@ def test_repair_command_names_what_it_drops_and_build_restores_it(
     path.write_bytes(before[:-1])
     assert main(["verify", str(world.cache)]) == 1
     assert main(["repair", str(world.cache)]) == 0
-    assert "dropped view set 1, shard 2" in capsys.readouterr().out
+    assert "view set 1: dropped shard 2: " in capsys.readouterr().out
     assert main(["verify", str(world.cache)]) == 1
     assert "view set 1: 1 of 3 shards are not built yet" in capsys.readouterr().out
     assert main(world.build) == 0

@@ -169,9 +169,7 @@ def test_verify_once_checks_a_row_once_and_off_never(build_small: BuildSmall) ->
         assert torch.equal(changed, off.fetch(synthetic_batch(ROWS, 0)).patches)
         assert int((changed != expected).any(-1).any(-1).any(-1).sum()) == 2  # ROWS holds row 3 twice
         with pytest.raises(UserError, match="row 3 has crc32c"):
-            once.fetch(
-                synthetic_batch(np.array([3, 6]), 0)
-            )  # row 6 is new: both are checked
+            once.fetch(synthetic_batch(np.array([3, 6]), 0))  # row 6 is new: both are checked
     with pytest.raises(UserError, match="verify='never'"):
         TeacherCache.open(root, verify="never")  # type: ignore[arg-type]
 

@@ -152,7 +152,7 @@ def test_commit_records_of_another_cache_are_refused(pristine: dict[str, Path], 
 @pytest.mark.parametrize(
     "path, change, error, message",
     [
-        ("data.zarr/zarr.json", Path.unlink, CacheIncomplete, "no teacher cache here"),
+        ("data.zarr/zarr.json", Path.unlink, CacheCorrupt, r"zarr\.json: missing. It holds what"),
         ("data.zarr/zarr.json", lambda p: p.write_text("{"), CacheCorrupt, "not JSON"),
         ("data.zarr/zarr.json", lambda p: p.write_text("{}"), CacheCorrupt, "no attribute 'teacher_cache'"),
         ("data.zarr/codec/mean/c/0", Path.unlink, CacheCorrupt, "mean and std have sha256"),
@@ -169,6 +169,29 @@ def test_damaged_metadata_is_named(
     change(root / path)
     with pytest.raises(error, match=message):
         TeacherCache.open(root)
+
+
+@pytest.mark.parametrize(
+    "path, change",
+    [
+        ("zarr.json", Path.unlink),
+        ("cls/zarr.json", Path.unlink),
+        ("patch/zarr.json", truncate),
+        ("crop/zarr.json", lambda p: p.write_text(p.read_text().replace("int32", "int64"))),
+    ],
+)
+def test_metadata_that_follows_from_the_attributes_is_restored_without_dropping_a_shard(
+    pristine: dict[str, Path], tmp_path: Path, path: str, change: Callable[[Path], None]
+) -> None:
+    root = tmp_path / "cache"
+    shutil.copytree(pristine["int8"], root)
+    before = snapshot(root)
+    change(root / "data.zarr/v0" / path)
+    damages = verify_cache(root).damages
+    assert [(d.view_set, d.shard) for d in damages] == [(0, None)]
+    assert str(root / "data.zarr/v0" / path) in damages[0].message
+    assert repair_cache(root) == damages
+    assert snapshot(root) == before
 
 
 def test_metadata_of_another_shape_is_not_read_as_another_layout(pristine: dict[str, Path], tmp_path: Path) -> None:

@@ -1,0 +1,142 @@
+"""Packing and verifying against copying the bytes and decoding with Pillow, on JPEGs of ImageNet's size.
+
+Every case runs in every round, the order rotated by one, and a ratio is taken within a round. The clock of a
+case in one process is that process's CPU time, system time included: images per core-second. With several
+processes it is the wall. Files are in the page cache: disks are not what is measured.
+
+    python -m benchmarks.bench_shards [--quick]
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from PIL import Image
+
+from benchmarks.data_results import Measurement, append_rows, print_table
+from benchmarks.natural_images import write_images
+from shards.format import load_manifest
+from shards.pack import pack
+from shards.sanitize import sanitise
+from shards.verify import verify
+
+# As most of ImageNet; at quality 90 these images have its mean size, 110 KB.
+SIZES = [(375, 500), (500, 375)]
+_PACK, _COPY, _PILLOW = "pack, 1 process", "copy of the bytes", "decode with Pillow"
+_RATIOS = [(_PACK, _COPY), (_PACK, _PILLOW), ("verify, decode none", "sha256 of the tars")]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure, print the table, append the rows."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_shards", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="few images and rounds: does it run?")
+    parser.add_argument("--images", type=int, default=800, help="images of the data set")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "shards.csv")
+    options = parser.parse_args(arguments)
+    images, rounds = (64, 2) if options.quick else (options.images, options.rounds)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_images(folder / "images", SIZES, images)
+        files = sorted((folder / "images").rglob("*.jpg"))
+        kilobytes = sum(file.stat().st_size for file in files) / len(files) / 1000
+        pack(folder / "images", folder / "shards", workers=1, progress=False)
+        assert load_manifest(folder / "shards").counts["verbatim"] == images
+        measured = _measure(
+            _cases(folder, files), folder, images, rounds, f"{images} JPEGs of {kilobytes:.0f} KB"
+        )
+        measured.append(_several_processes(folder, images, rounds))
+    print_table(measured)
+    append_rows(options.results, measured)
+
+
+def _cases(folder: Path, files: list[Path]) -> dict[str, Callable[[], object]]:
+    """Return what is measured in one process, by name."""
+    shards = folder / "shards"
+    tars = sorted(shards.glob("*.tar"))
+    return {
+        _PACK: lambda: pack(folder / "images", folder / "packed", workers=1, progress=False),
+        "strict decode alone": lambda: [sanitise(file.read_bytes()) for file in files],
+        _COPY: lambda: _copy(files, folder / "copied"),
+        _PILLOW: lambda: [Image.open(io.BytesIO(file.read_bytes())).convert("RGB") for file in files],
+        "verify, decode none": lambda: verify(shards, decode=0.0, workers=1, progress=False),
+        "verify, decode all": lambda: verify(shards, decode=1.0, workers=1, progress=False),
+        "sha256 of the tars": lambda: [_sha256(tar) for tar in tars],
+    }
+
+
+def _copy(files: list[Path], target: Path) -> None:
+    target.mkdir()
+    for file in files:
+        shutil.copyfile(file, target / file.name)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _measure(
+    cases: dict[str, Callable[[], object]], folder: Path, images: int, rounds: int, note: str
+) -> list[Measurement]:
+    speeds: dict[str, list[float]] = {name: [] for name in cases}
+    names = list(cases)
+    for number in range(rounds + 1):
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            begin = time.process_time()
+            cases[name]()
+            seconds = time.process_time() - begin
+            for output in ("packed", "copied"):
+                shutil.rmtree(folder / output, ignore_errors=True)
+            if number:  # the first round warms up
+                speeds[name].append(images / seconds)
+    rows = [Measurement(name, "images/core-s", tuple(values), note) for name, values in speeds.items()]
+    for one, other in _RATIOS:
+        pairs = zip(speeds[one], speeds[other], strict=True)
+        rows.append(Measurement(f"ratio: {one} / {other}", "", tuple(a / b for a, b in pairs), note))
+    return rows
+
+
+def _several_processes(folder: Path, images: int, rounds: int) -> Measurement:
+    """Pack by the command with a process a core; note the largest memory of all processes together."""
+    speeds, peak = [], 0
+    cores = len(os.sched_getaffinity(0))
+    source, output = str(folder / "images"), str(folder / "packed")
+    command = [sys.executable, "-m", "shards", "pack", "--source", source, "--output", output]
+    for _ in range(rounds):
+        begin = time.perf_counter()
+        process = subprocess.Popen(
+            [*command, "--rows-per-shard", "64"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        while process.poll() is None:
+            peak = max(peak, _memory_of_tree(process.pid))
+            time.sleep(0.02)
+        speeds.append(images / (time.perf_counter() - begin))
+        shutil.rmtree(output)
+    note = f"start of Python included; {peak / 1e6:.0f} MB of memory in all at most"
+    return Measurement(f"pack command, {cores} processes", "images/s", tuple(speeds), note)
+
+
+def _memory_of_tree(pid: int) -> int:
+    """Return the proportional memory of a process and its children in bytes; 0 for what has ended."""
+    try:
+        rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    own = next((int(line.split()[1]) * 1024 for line in rollup.splitlines() if line.startswith("Pss:")), 0)
+    return own + sum(_memory_of_tree(int(child)) for child in children)
+
+
+if __name__ == "__main__":
+    main()

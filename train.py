@@ -44,6 +44,7 @@ from distill.targets import TeacherTargets
 from distill.teacher import FrozenTeacher, load_teacher
 from pipeline.batch import normalise
 from pipeline.loader import CenterCropBatch, open_loader, read_center_crops, read_teacher_crops
+from shards.atomic import write_atomic
 from shards.errors import UserError
 from shards.format import load_manifest
 
@@ -240,7 +241,7 @@ def obtain_prototypes(
     if ranks.is_main and not own.is_file():
         shared = Path(config.teacher.cache_path) / own.name if config.teacher.cache_path else None
         if shared and shared.is_file() and load_prototypes(shared).fingerprint == fingerprint:
-            save_prototypes(load_prototypes(shared), own)
+            write_atomic(own, shared.read_bytes())
         else:
             fitted = fit_prototypes(
                 token_stream(config, cache, teacher, ranks),
@@ -251,7 +252,7 @@ def obtain_prototypes(
             )
             save_prototypes(fitted, own)
             if shared and not shared.is_file():
-                save_prototypes(fitted, shared)
+                write_atomic(shared, own.read_bytes())
     ranks.barrier()
     return load_prototypes(own, expect=fingerprint)
 

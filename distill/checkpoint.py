@@ -6,7 +6,6 @@ import copy
 import hashlib
 import json
 import logging
-import os
 import re
 import threading
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from distill.models import create_student
 from distill.run_folder import load_config
+from shards.atomic import remove_temporaries, write_atomic
 from shards.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -51,8 +51,7 @@ class CheckpointWriter:
     def __init__(self, run_dir: Path, *, keep_last: int, keep_every: int) -> None:
         self.folder = run_dir / "checkpoints"
         self.folder.mkdir(parents=True, exist_ok=True)
-        for left_over in self.folder.glob("*.tmp"):
-            left_over.unlink()
+        remove_temporaries(self.folder)
         self._keep_last = keep_last
         self._keep_every = keep_every
         self._thread: threading.Thread | None = None
@@ -84,16 +83,11 @@ class CheckpointWriter:
     def _write(self, step: int, state: dict[str, Any]) -> None:
         try:
             path = self.folder / f"step_{step:09d}.pt"
-            temporary = path.with_suffix(".pt.tmp")
-            with temporary.open("wb") as file:
-                torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
-            record = {"step": step, "bytes": temporary.stat().st_size, "sha256": _file_sha256(temporary)}
-            temporary.replace(path)
-            _write_json(path.with_suffix(".json"), record)
+            write_atomic(path, lambda file: torch.save(state, file))
+            record = {"step": step, "bytes": path.stat().st_size, "sha256": _file_sha256(path)}
+            write_atomic(path.with_suffix(".json"), json.dumps(record).encode())
             self._remove_old()
-        except OSError as error:
+        except (OSError, UserError) as error:
             self._error = error
 
     def _remove_old(self) -> None:
@@ -178,17 +172,3 @@ def _to_host(value: Any) -> Any:
 def _file_sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_json(path: Path, fields: dict[str, Any]) -> None:
-    temporary = path.with_suffix(path.suffix + ".tmp")
-    with temporary.open("w") as file:
-        json.dump(fields, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

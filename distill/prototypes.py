@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +19,12 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from distill.config import PrototypeConfig
 from distill.targets import TeacherTargets
+from shards.atomic import write_atomic
 from shards.errors import UserError
 
 FORMAT_VERSION = 1
@@ -105,7 +105,7 @@ def fit_prototypes(
 
 
 def save_prototypes(prototypes: Prototypes, path: Path) -> None:
-    """Write both banks and the fingerprint as safetensors: temporary name, fsync, rename."""
+    """Write both banks and the fingerprint as safetensors, whole or not at all."""
     tensors = {
         f"{name}.{key}": value.cpu().contiguous()
         for name in ("cls", "patch")
@@ -116,12 +116,7 @@ def save_prototypes(prototypes: Prototypes, path: Path) -> None:
         "fingerprint": json.dumps(prototypes.fingerprint, sort_keys=True),
         "sha256": _tensors_sha256(tensors),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".tmp{os.getpid()}")
-    save_file(tensors, temporary, metadata=metadata)
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    write_atomic(path, save(tensors, metadata))
 
 
 def load_prototypes(path: Path, *, expect: dict[str, Any] | None = None) -> Prototypes:

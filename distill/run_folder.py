@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from pathlib import Path
 
 from distill.config import TrainConfig
+from shards.atomic import write_atomic
 from shards.errors import UserError
 
 # Where and how a run executes, not what it computes: these may change between two starts of one run.
@@ -49,12 +49,7 @@ def write_or_check_config(config: TrainConfig, run_dir: Path) -> None:
             )
         return
     run_dir.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".json.tmp")
-    with temporary.open("w") as file:
-        file.write(config.to_json())
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    write_atomic(path, config.to_json().encode())
 
 
 def _flat(config: TrainConfig) -> dict[str, object]:

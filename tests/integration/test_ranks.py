@@ -1,0 +1,60 @@
+"""Several real processes under torchrun: the same curve as one, elastic resume, errors that end every rank."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .conftest import Workplace, read_lines
+
+Run = Callable[[list[str]], list[dict[str, Any]]]
+Torchrun = Callable[..., subprocess.CompletedProcess[str]]
+# fp32 sums in another order: gradients averaged over two halves of the batch instead of summed over one,
+# through AdamW, which divides small gradients by their own size. Measured 2e-6; two decades of room.
+FLOAT_NOISE = 2e-4
+TERMS = ("loss", "dino", "ibot", "koleo", "cls", "spd", "grad_norm")
+
+
+def test_two_ranks_give_the_curve_of_one_and_resume_what_one_began(
+    workplace: Workplace, run_here: Run, torchrun: Torchrun, tmp_path: Path
+) -> None:
+    flags = ("--cache_path", workplace.cache, "--checkpoint_every", 4)
+    one = run_here(workplace.flags(tmp_path / "one", *flags, "--max_steps", 8))
+    done = torchrun(2, workplace.flags(tmp_path / "two", *flags, "--max_steps", 8, "--batch_size_per_gpu", 8))
+    assert done.returncode == 0, done.stderr
+    two = read_lines(tmp_path / "two")
+    for name in TERMS:
+        expected = [line[name] for line in one]
+        assert [line[name] for line in two] == pytest.approx(expected, rel=FLOAT_NOISE), name
+
+    # The same run begun by one process and ended by two sees the same global batches.
+    for record in (tmp_path / "one" / "checkpoints").glob("step_000000008.*"):
+        record.unlink()
+    done = torchrun(2, workplace.flags(tmp_path / "one", *flags, "--max_steps", 8, "--batch_size_per_gpu", 8))
+    assert done.returncode == 0, done.stderr
+    assert "resumes at step 4" in done.stderr
+    resumed = read_lines(tmp_path / "one")
+    assert [line["step"] for line in resumed] == list(range(1, 9))
+    assert [line["loss"] for line in resumed] == pytest.approx([line["loss"] for line in one], rel=FLOAT_NOISE)
+
+
+def test_an_error_on_the_ranks_ends_all_of_them_with_the_message(
+    workplace: Workplace, torchrun: Torchrun, tmp_path: Path
+) -> None:
+    flags = workplace.flags(tmp_path / "run", "--max_steps", 2, "--cache_path", tmp_path / "absent")
+    done = torchrun(2, flags, timeout=120)
+    assert done.returncode != 0
+    assert f"error: {tmp_path / 'absent'}" in done.stderr
+
+    flags = workplace.flags(
+        tmp_path / "run2", "--cache_path", workplace.cache, "--lr", 1e30, "--clip_grad", 0, "--max_steps", 9
+    )
+    done = torchrun(2, flags, timeout=120)
+    assert done.returncode != 0
+    assert "loss or gradient is not finite" in done.stderr
+    replays = sorted((tmp_path / "run2" / "replay").iterdir())
+    assert len({p.name.rsplit("_rank_")[0] for p in replays}) == 1

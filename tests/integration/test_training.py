@@ -1,0 +1,291 @@
+"""Whole runs in one process: live and cached targets, resume, compilation, accumulation, errors."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import train
+from cache_tools.read import TeacherCache
+from distill.checkpoint import list_checkpoints, load_newest, load_student
+from distill.microbatch import StepInputs
+from distill.models import create_student
+from distill.prototypes import load_prototypes
+from distill.runtime import Ranks, parse_config
+from distill.step import METRICS, TERMS, DistillStep
+from pipeline.loader import open_loader
+from shards.errors import UserError
+
+from .conftest import ROOT, Workplace, read_lines
+
+Run = Callable[[list[str]], list[dict[str, Any]]]
+LOSSES = ("loss", "dino", "ibot", "koleo", "cls", "spd")
+# The same fp32 sums in another order, through a few AdamW steps of size lr: measured 1e-6, two decades of room.
+FLOAT_NOISE = 1e-4
+
+
+def curve(lines: list[dict[str, Any]], name: str = "loss") -> list[float]:
+    return [line[name] for line in lines if name in line]
+
+
+def assert_same_state(first: Path, second: Path) -> None:
+    """Assert that the newest checkpoints of two runs are equal to the bit."""
+
+    def compare(a: object, b: object, where: str) -> None:
+        assert type(a) is type(b), where
+        if isinstance(a, dict):
+            assert a.keys() == b.keys(), where
+            for key in a:
+                compare(a[key], b[key], f"{where}.{key}")
+        elif isinstance(a, list):
+            assert len(a) == len(b), where
+            for i, (x, y) in enumerate(zip(a, b, strict=True)):
+                compare(x, y, f"{where}[{i}]")
+        elif isinstance(a, torch.Tensor):
+            assert torch.equal(a, b), where
+        else:
+            assert a == b, where
+
+    (step_a, state_a), (step_b, state_b) = load_newest(first), load_newest(second)
+    assert step_a == step_b
+    compare(state_a, state_b, "state")
+
+
+def test_live_and_cached_targets_give_losses_within_the_codecs_bound(
+    workplace: Workplace, run_here: Run, tmp_path: Path
+) -> None:
+    """The bound: |live - cached| <= sum over target elements of |d loss / d target| times the codec's own bound.
+
+    It holds to first order at equal weights. Along two runs the errors average out far below it, while the
+    weights drift apart by them, so it is asserted for every step of both runs.
+    """
+    steps = 6
+    cached = run_here(workplace.flags(tmp_path / "cached", "--cache_path", workplace.cache, "--max_steps", steps))
+    live = run_here(
+        workplace.flags(
+            tmp_path / "live", "--cache_path", workplace.cache, "--teacher", "live", "--max_steps", steps
+        )
+    )
+    config = parse_config(workplace.flags(tmp_path / "cached", "--cache_path", workplace.cache))
+    prototypes = load_prototypes(tmp_path / "cached" / "prototypes.safetensors")
+    step = DistillStep(
+        create_student(config.student, seed=0), prototypes, config.student, config.losses, student_temp=0.1,
+        global_crops_size=48, local_crops_size=24, autocast=False,
+    )  # fmt: skip
+    temps = prototypes.cls.calibrated_temp.new_tensor(config.prototypes.teacher_temp_start)
+    with (
+        TeacherCache.open(workplace.cache) as cache,
+        open_loader(
+            workplace.shards, backend="dali", device="cpu", global_batch_size=16, seed=0, augmentation=config.crops(),
+            view_sets=2, teacher_crops=False,
+        ) as loader,
+    ):  # fmt: skip
+        batch = next(iter(loader))
+        targets, bound = cache.fetch(batch, device="cpu"), cache.bound(batch)
+        inputs = StepInputs.of(batch, targets)
+        inputs = dataclasses.replace(
+            inputs,
+            teacher_cls=inputs.teacher_cls.clone().requires_grad_(),
+            teacher_patches=inputs.teacher_patches.clone().requires_grad_(),
+        )
+        loss, _ = step(*inputs.tensors(), temps, temps, torch.zeros(()))
+        grads = torch.autograd.grad(loss, [inputs.teacher_cls, inputs.teacher_patches], allow_unused=True)
+    allowed = sum(
+        (g.abs() * limit).sum().item() for g, limit in zip(grads, (bound.cls, bound.patches), strict=True)
+    )
+    assert 0 < allowed < 0.1 * loss.item()
+    differences = [abs(a - b) for a, b in zip(curve(live), curve(cached), strict=True)]
+    assert len(differences) == steps
+    assert 0 < max(differences) <= allowed
+
+
+def test_a_run_resumed_at_any_step_ends_with_the_same_state_to_the_bit(
+    workplace: Workplace, run_here: Run, tmp_path: Path
+) -> None:
+    flags = ("--cache_path", workplace.cache, "--checkpoint_every", 3, "--drop_path_rate", 0.2)
+    whole = run_here(workplace.flags(tmp_path / "whole", *flags, "--max_steps", 26))
+    # 22 steps an epoch: the second part crosses into the second view set.
+    broken = workplace.flags(tmp_path / "broken", *flags, "--max_steps", 26)
+
+    class Stop(Exception):
+        pass
+
+    def stop_at_11(self: object, step: int) -> bool:
+        if step == 11:
+            raise Stop
+        return step % 1 == 0
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("distill.metrics.MetricsLog.due", stop_at_11)
+        with pytest.raises(Stop):
+            run_here(broken)
+    assert load_newest(tmp_path / "broken")[0] == 9
+    resumed = run_here(broken)
+    assert_same_state(tmp_path / "whole", tmp_path / "broken")
+    assert curve(resumed) == curve(whole)
+    assert [line["step"] for line in resumed] == list(range(1, 27))
+
+
+def start(flags: list[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "train.py", *flags], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def wait_for_step(run: Path, step: int) -> None:
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline:
+        if (run / "metrics.jsonl").exists() and len((run / "metrics.jsonl").read_text().splitlines()) >= step:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"{run}: step {step} was not reached")
+
+
+def test_a_run_killed_with_sigkill_and_one_ended_by_sigterm_end_as_the_unbroken_run(
+    workplace: Workplace, run_here: Run, tmp_path: Path
+) -> None:
+    flags = ("--cache_path", workplace.cache, "--checkpoint_every", 4, "--max_steps", 30)
+    run_here(workplace.flags(tmp_path / "whole", *flags))
+    broken = workplace.flags(tmp_path / "broken", *flags)
+
+    killed = start(broken)
+    wait_for_step(tmp_path / "broken", 9)
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait(timeout=60) == -signal.SIGKILL
+    killed.stdout.close()
+    kept = load_newest(tmp_path / "broken")[0]
+    assert kept % 4 == 0
+
+    ended = start(broken)
+    wait_for_step(tmp_path / "broken", kept + 2)
+    ended.send_signal(signal.SIGTERM)
+    output, _ = ended.communicate(timeout=120)
+    assert ended.returncode == 0, output
+    stopped_at = load_newest(tmp_path / "broken")[0]
+    if stopped_at < 30:
+        assert f"stopped by SIGTERM at step {stopped_at}" in output
+    run_here(broken)
+    assert_same_state(tmp_path / "whole", tmp_path / "broken")
+
+
+def test_the_compiled_run_follows_the_eager_run(workplace: Workplace, run_here: Run, tmp_path: Path) -> None:
+    eager = run_here(workplace.flags(tmp_path / "eager", "--cache_path", workplace.cache, "--max_steps", 3))
+    torch._dynamo.reset()
+    compiled = run_here(
+        workplace.flags(
+            tmp_path / "compiled", "--cache_path", workplace.cache, "--max_steps", 3, "--compile",
+            "--compile_backend", "aot_eager", "--check_compile",
+        )
+    )  # fmt: skip
+    assert curve(compiled) == pytest.approx(curve(eager), rel=FLOAT_NOISE)
+
+
+def test_accumulated_micro_batches_give_the_gradient_of_the_whole_batch(
+    workplace: Workplace, run_here: Run, tmp_path: Path
+) -> None:
+    # Without KoLeo, whose nearest neighbours are those of the micro-batch, every term is a mean over images.
+    flags = ("--cache_path", workplace.cache, "--max_steps", 4, "--koleo_loss_weight", 0)
+    once = run_here(workplace.flags(tmp_path / "once", *flags))
+    split = run_here(workplace.flags(tmp_path / "split", *flags, "--accumulation_steps", 4))
+    assert curve(split) == pytest.approx(curve(once), rel=FLOAT_NOISE)
+    assert curve(split, "grad_norm") == pytest.approx(curve(once, "grad_norm"), rel=10 * FLOAT_NOISE)
+
+
+def test_the_student_learns_and_every_term_is_logged(workplace: Workplace, run_here: Run, tmp_path: Path) -> None:
+    lines = run_here(
+        workplace.flags(
+            tmp_path / "run", "--cache_path", workplace.cache, "--max_steps", 44, "--val_data_path",
+            workplace.val_shards, "--knn_every_epochs", 1, "--term_gradients_every", 22, "--teacher_temp", "calibrated",
+        )
+    )  # fmt: skip
+    steps = [line for line in lines if "loss" in line]
+    assert set(METRICS) | {"grad_norm", "lr", "epoch", "images_per_second", "data_wait", "step_time"} <= set(steps[0])
+    for name in ("dino_kl", "ibot_kl", "cls", "spd"):
+        first, last = sum(curve(steps, name)[:4]), sum(curve(steps, name)[-4:])
+        assert last < 0.95 * first, name
+    assert [line["step"] for line in lines if "knn_top1" in line] == [22, 44]
+    norms = [line for line in lines if "grad_norm_spd" in line]
+    assert [line["step"] for line in norms] == [22, 44]
+    assert all(norms[0][f"grad_norm_{t}"] > 0 for t in TERMS[:5])
+    model, meta = load_student(tmp_path / "run")
+    assert meta["step"] == 44
+    assert torch.isfinite(model.norm.weight).all()
+    assert [c.step for c in list_checkpoints(tmp_path / "run")] == [44]
+
+
+def test_prototypes_of_a_cached_run_are_shared_by_the_next_run(
+    workplace: Workplace, run_here: Run, tmp_path: Path
+) -> None:
+    for name in ("one", "two"):
+        run_here(workplace.flags(tmp_path / name, "--cache_path", workplace.cache, "--max_steps", 1))
+    beside = (workplace.cache / "prototypes.safetensors").read_bytes()
+    assert (tmp_path / "one" / "prototypes.safetensors").read_bytes() == beside
+    assert (tmp_path / "two" / "prototypes.safetensors").read_bytes() == beside
+    run_here(
+        workplace.flags(
+            tmp_path / "three", "--cache_path", workplace.cache, "--max_steps", 1, "--num_prototypes", 16
+        )
+    )
+    assert load_prototypes(tmp_path / "three" / "prototypes.safetensors").cls.weight.shape[0] == 16
+    assert (workplace.cache / "prototypes.safetensors").read_bytes() == beside
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--global_crops_scale", "0.3", "1.0"], "global_crops_scale"),
+        (["--data_seed", "1"], "seed"),
+        (["--view_sets", "3"], "the cache .* holds 2"),
+    ],
+)
+def test_a_cache_of_other_crops_is_refused_before_training(
+    workplace: Workplace, tmp_path: Path, flags: list[str], message: str
+) -> None:
+    config = parse_config(workplace.flags(tmp_path / "run", "--cache_path", workplace.cache, *flags))
+    with pytest.raises(UserError, match=message):
+        train.train(config, Ranks(0, 1, torch.device("cpu")))
+
+
+def test_a_run_that_is_not_finite_stops_with_a_replay_file_and_no_bad_weight(
+    workplace: Workplace, tmp_path: Path
+) -> None:
+    flags = workplace.flags(
+        tmp_path / "run", "--cache_path", workplace.cache, "--max_steps", 9, "--lr", 1e30, "--warmup_epochs", 0,
+        "--clip_grad", 0, "--checkpoint_every", 1,
+    )  # fmt: skip
+    process = start(flags)
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 2, output
+    assert "loss or gradient is not finite" in output
+    assert len(list((tmp_path / "run" / "replay").iterdir())) == 1
+    assert "Traceback" not in output
+
+
+def test_the_command_line_says_what_is_missing(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "train.py", "--output_dir", str(tmp_path)], cwd=ROOT, capture_output=True, text=True,
+        timeout=120, check=False, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.strip().endswith("error: --data_path: missing. Give the folder of shards, as in --data_path shards/train.")
+
+
+def test_lines_of_a_run_are_readable_while_it_runs(workplace: Workplace, run_here: Run, tmp_path: Path) -> None:
+    lines = run_here(workplace.flags(tmp_path / "run", "--cache_path", workplace.cache, "--max_steps", 2))
+    assert read_lines(tmp_path / "run") == lines
+    assert all(abs(sum(line[t] * w for t, w in _weights(line).items()) - line["loss"]) < 1e-4 for line in lines)
+
+
+def _weights(line: dict[str, Any]) -> dict[str, float]:
+    """Default weights, with KoLeo's warm-up over 4 steps."""
+    return {"dino": 1, "ibot": 1, "koleo": 0.1 * (line["step"] - 1) / 4, "cls": 1, "spd": 1}

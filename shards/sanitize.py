@@ -32,6 +32,7 @@ REENCODE_QUALITY = 95
 _NO_FLAGS = RowFlag(0)
 # Formats that Pillow may open. Others that it knows start programs (EPS) or are no photographs.
 _OTHER_FORMATS = ("PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
+_UNNAMED_SAMPLING = "Could not determine subsampling level"
 _MISSING_EOI = "Premature end of JPEG file"
 # In the order in which they are tried: the first that brings an image inside the limits.
 _SCALE_FACTORS = (1, 2, 4, 8)
@@ -97,7 +98,10 @@ def _sanitise_jpeg(data: bytes, header: JpegHeader, keep_warned: bool) -> Stored
     factor = _scale_factor(header.height, header.width)
     try:
         simplejpeg.decode_jpeg_header(data, strict=True)
-    except ValueError:  # sampling factors that turbojpeg has no name for; libjpeg, and so Pillow, reads them
+    except ValueError as error:
+        if _UNNAMED_SAMPLING not in str(error):
+            raise ImageRejected(f"damaged JPEG: {error}") from error
+        # libjpeg, and so Pillow, reads what turbojpeg has no name for.
         return _encode(_decode_by_pillow(data, header, factor), "JPEG of unusual sampling")
     try:
         data, flags = _check_entropy_coding(data, header)

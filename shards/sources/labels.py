@@ -89,7 +89,7 @@ def _find(folder: Path, name: str) -> Path:
 def _from_devkit_tar(path: Path, classes: tuple[str, ...] | None) -> LabelList:
     found: dict[str, bytes] = {}
     try:
-        with tarfile.open(path) as archive:
+        with tarfile.open(path, "r:gz" if path.name.endswith("gz") else "r:") as archive:
             for member in archive:
                 base = member.name.rpartition("/")[2]
                 content = archive.extractfile(member) if base in (_GROUND_TRUTH, _META) else None

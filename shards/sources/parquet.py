@@ -22,14 +22,14 @@ _BATCH_ROWS = 64
 
 
 def find_parquet(root: Path, split: str | None) -> list[Path]:
-    """Return the parquet files of a split below a folder, or the file itself; empty where there are none.
+    """Return the parquet files of a split in a folder or its `data/`, or the file; empty where there are none.
 
     Raises:
         UserError: several splits lie there and none was chosen, or the chosen one is not there.
     """
     if root.is_file():
         return [root]
-    files = sorted(root.glob("*.parquet")) or sorted(root.glob("*/*.parquet"))
+    files = sorted(root.glob("*.parquet")) or sorted(root.glob("data/*.parquet"))
     splits: dict[str, list[Path]] = {}
     for file in files:
         match = _SPLIT.match(file.name)

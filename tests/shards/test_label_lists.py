@@ -1,0 +1,113 @@
+"""Label lists that cannot be used say what is wrong and which forms are known."""
+
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from shards.errors import UserError
+from shards.lock import hold_as_worker, only_packer
+from shards.pack import pack
+from shards.sources.folders import class_folders
+from shards.sources.labels import load_labels
+from shards.sources.recognise import SourceOptions
+
+
+def refused(path: Path, message: str, classes: tuple[str, ...] | None = None) -> None:
+    with pytest.raises(UserError, match=message):
+        load_labels(path, classes)
+
+
+def devkit(folder: Path, truth: str, meta: bytes) -> Path:
+    (folder / "data").mkdir(parents=True)
+    (folder / "data" / "ILSVRC2012_validation_ground_truth.txt").write_text(truth)
+    (folder / "data" / "meta.mat").write_bytes(meta)
+    return folder
+
+
+def test_lists_of_no_known_form_are_refused(tmp_path: Path) -> None:
+    refused(tmp_path / "absent.txt", r"absent.txt: no such file. Give the list of labels by --labels. Known are")
+    (tmp_path / "three.txt").write_text("a b c\nd e\n")
+    refused(tmp_path / "three.txt", r"lines of \[2, 3\] words, no form of label list")
+    (tmp_path / "x.csv").write_text("name,label\na,1\n")
+    refused(tmp_path / "x.csv", r"the first line is \[\['name', 'label'\]\], not ImageId,PredictionString")
+    (tmp_path / "ids.txt").write_text("1\n2\n")
+    refused(tmp_path / "ids.txt", r"holds no meta.mat, neither here nor in data/")
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path / "empty", r"holds no ILSVRC2012_validation_ground_truth.txt")
+
+
+def test_a_damaged_devkit_is_refused(tmp_path: Path) -> None:
+    scipy_io = pytest.importorskip("scipy.io")
+    (tmp_path / "kit.tar.gz").write_bytes(b"\x1f\x8b not really")
+    refused(tmp_path / "kit.tar.gz", "cannot be read as a tar .* Download the devkit again")
+    with tarfile.open(tmp_path / "other.tar.gz", "w:gz") as tar:
+        tar.addfile(tarfile.TarInfo("readme.txt"), io.BytesIO())
+    refused(tmp_path / "other.tar.gz", "holds no ILSVRC2012_validation_ground_truth.txt")
+    refused(devkit(tmp_path / "a", "1\n", b"not a mat file"), "meta.mat cannot be read")
+    synsets = np.zeros((2, 1), [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("num_children", "O")])
+    synsets[0, 0], synsets[1, 0] = (1, "n01440764", 0), (2, "n00001740", 5)
+    buffer = io.BytesIO()
+    scipy_io.savemat(buffer, {"synsets": synsets})
+    kit = devkit(tmp_path / "b", "1\n2\n", buffer.getvalue())
+    refused(kit, "line 2 of the ground truth is class id 2, meta.mat has no such leaf class among 1")
+
+
+def test_numbered_classes_take_their_names_from_the_class_list(tmp_path: Path) -> None:
+    (tmp_path / "val.txt").write_text("b.jpg 2\na.jpg 0\n")
+    found = load_labels(tmp_path / "val.txt", None)
+    assert (found.label_of, found.class_names) == ({"a.jpg": 0, "b.jpg": 2}, ("0", "1", "2"))
+    assert load_labels(tmp_path / "val.txt", ("x", "y", "z")).class_names == ("x", "y", "z")
+    refused(tmp_path / "val.txt", "class '2' is not among the 2 classes given", ("x", "y"))
+    (tmp_path / "named.txt").write_text("a.jpg x\n")
+    assert load_labels(tmp_path / "named.txt", ("y", "x")).label_of == {"a.jpg": 1}
+    refused(tmp_path / "named.txt", "class 'x' is not among the 1 classes given", ("y",))
+
+
+def test_folders_that_lead_back_into_themselves_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "back").symlink_to(tmp_path / "a")
+    with pytest.raises(UserError, match=r"folders nested deeper than 32. A link that leads back"):
+        list(class_folders(tmp_path, None).items())
+
+
+def test_packed_shards_and_empty_files_are_no_source(
+    tmp_path: Path, make_class_folders: Callable[[Path, int, int], Any]
+) -> None:
+    make_class_folders(tmp_path / "in", 1, 2)
+    pack(tmp_path / "in", tmp_path / "shards", workers=1, progress=False)
+    with pytest.raises(UserError, match=r"holds a manifest.json: it is packed already"):
+        pack(tmp_path / "shards", tmp_path / "again", workers=1, progress=False)
+    (tmp_path / "x.parquet").write_bytes(b"")
+    with pytest.raises(UserError, match=r"x.parquet: (0 bytes|cannot be read as parquet|reading parquet needs)"):
+        pack(tmp_path / "x.parquet", tmp_path / "again", workers=1, progress=False)
+
+
+def test_parquet_labels_beyond_the_named_classes_are_refused(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.table({"image": [b"x"], "label": [3]}), tmp_path / "x.parquet")
+    options = SourceOptions(classes=("a", "b"))
+    with pytest.raises(UserError, match=r"label 3, but 2 classes are named. Give --classes"):
+        pack(tmp_path / "x.parquet", tmp_path / "out", workers=1, progress=False, options=options)
+    parquet.write_table(pyarrow.table({"image": [7]}), tmp_path / "y.parquet")
+    with pytest.raises(UserError, match=r"row 0 holds a int for an image, not bytes"):
+        pack(tmp_path / "y.parquet", tmp_path / "out2", workers=1, progress=False)
+
+
+def test_workers_that_never_end_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    orphan = hold_as_worker(work)
+    monkeypatch.setattr("shards.lock._ORPHANS_END_WITHIN", 0.1)
+    expected = r"workers of an earlier packer have not ended .*fuser .*workers.lock"
+    with pytest.raises(UserError, match=expected), only_packer(work):
+        pass
+    os.close(orphan)

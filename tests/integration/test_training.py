@@ -277,7 +277,8 @@ def test_the_command_line_says_what_is_missing(tmp_path: Path) -> None:
         timeout=120, check=False, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
     )  # fmt: skip
     assert done.returncode == 2
-    assert done.stderr.strip().endswith("error: --data_path: missing. Give the folder of shards, as in --data_path shards/train.")
+    expected = "error: --data_path: missing. Give the folder of shards, as in --data_path shards/train."
+    assert done.stderr.strip().endswith(expected)
 
 
 def test_lines_of_a_run_are_readable_while_it_runs(workplace: Workplace, run_here: Run, tmp_path: Path) -> None:

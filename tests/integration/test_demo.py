@@ -1,0 +1,75 @@
+"""The demo, end to end and very short, as its own command runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from demo.__main__ import crops
+from demo.images import compose_images
+from shards.format import load_manifest
+
+from .conftest import ROOT
+
+SHORT = ["--teacher_steps", "12", "--steps", "12", "--train_per_scan", "1", "--val_per_scan", "1"]
+
+
+def run_demo(folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "demo", "--output", str(folder), *SHORT, *more],
+        cwd=ROOT, capture_output=True, text=True, timeout=500, check=False, env=os.environ | {"COLUMNS": "200"},
+    )  # fmt: skip
+
+
+def test_the_demo_leaves_a_table_and_figures_and_a_second_call_repeats_nothing(tmp_path: Path) -> None:
+    first = run_demo(tmp_path / "demo")
+    assert first.returncode == 0, first.stderr[-3000:]
+    table = (tmp_path / "demo" / "results.txt").read_text()
+    report = json.loads((tmp_path / "demo" / "run" / "probe" / "probe.json").read_text())
+    assert [model["name"] for model in report["models"]] == ["student", "teacher", "random"]
+    assert all(name in table for name in ("student", "teacher", "random", "gap closed", "seed 0"))
+    figures = {path.name for path in (tmp_path / "demo" / "run" / "probe").glob("*.png")}
+    assert figures >= {"losses.png", "targets.png", "accuracies.png", "patch_pca.png", "crops.png"}
+    checkpoint = next((tmp_path / "demo" / "run" / "checkpoints").glob("*.pt"))
+    before = (checkpoint.stat().st_mtime_ns, (tmp_path / "demo" / "teacher" / "model.safetensors").stat().st_mtime_ns)
+
+    second = run_demo(tmp_path / "demo")
+    assert second.returncode == 0, second.stderr[-3000:]
+    after = (checkpoint.stat().st_mtime_ns, (tmp_path / "demo" / "teacher" / "model.safetensors").stat().st_mtime_ns)
+    assert after == before
+
+    other = run_demo(tmp_path / "demo", "--seed", "1")
+    assert other.returncode == 2
+    assert "this folder was begun with" in other.stderr
+
+
+def test_no_scan_is_in_both_train_and_val_and_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        train, val = compose_images(tmp_path / name, train_per_scan=1, val_per_scan=1, seed=3)
+    assert train + val == 1797
+    files = {p.relative_to(tmp_path / "a"): p.read_bytes() for p in (tmp_path / "a").rglob("*.jpg")}
+    assert len(files) == 1797
+    assert files == {p.relative_to(tmp_path / "b"): p.read_bytes() for p in (tmp_path / "b").rglob("*.jpg")}
+    scans = {split: {p.name for p in files if p.parts[0] == split} for split in ("train", "val")}
+    assert not scans["train"] & scans["val"]
+    assert len({p.parts[1] for p in files if p.parts[0] == "val"}) == 10
+
+
+def test_the_demos_crops_are_those_that_its_flags_ask_for() -> None:
+    augmentation = crops()
+    assert (augmentation.global_crops_size, augmentation.local_crops_size, augmentation.patch_size) == (48, 24, 8)
+    assert (augmentation.global_crops_scale, augmentation.local_crops_scale) == ((0.5, 1.0), (0.15, 0.5))
+    assert (augmentation.flip_prob, augmentation.mask_patch_size) == (0.0, 8)
+
+
+def test_the_demo_set_packs_into_shards_with_ten_classes(tmp_path: Path) -> None:
+    compose_images(tmp_path / "images", train_per_scan=1, val_per_scan=1, seed=0)
+    packed = subprocess.run(
+        [sys.executable, "-m", "shards", "pack", "--source", tmp_path / "images" / "val", "--output", tmp_path / "s"],
+        cwd=ROOT, capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+    assert packed.returncode == 0, packed.stderr
+    assert load_manifest(tmp_path / "s").class_names == tuple(f"digit_{d}" for d in range(10))

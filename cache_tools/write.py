@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -99,7 +100,7 @@ def group_sizes(rows: int, batch_size: int) -> list[int]:
 
 
 class ShardWriter:
-    """Writes all arrays of one tar shard and commits it; a thread writes while the teacher computes."""
+    """Writes all arrays of one tar shard and commits it, in a thread of its own: the teacher computes meanwhile."""
 
     def __init__(self, paths: Paths, spec: CacheSpec, view_set: int, shard: int, fingerprint: str):
         self.paths = paths
@@ -125,17 +126,36 @@ class ShardWriter:
             self._last.result()
         tensors = {"patch": encoded.patch, "scale": encoded.scale, "cls": encoded.cls}
         stored = {name: _as_bytes(tensor) for name, tensor in tensors.items() if tensor is not None}
-        self._identity.append(group)
+        # Without the crops: a shard's worth of them would fill a GPU.
+        self._identity.append(replace(group, crops=torch.empty(0)))
         self._last = self._pool.submit(self._write, stored)
 
     def _write(self, stored: dict[str, npt.NDArray[np.uint8]]) -> None:
         for name, rows in stored.items():
             self._files[name].append(rows)
 
-    def commit(self) -> None:
-        """Make every file durable, then write the record by which the shard exists."""
+    def start_commit(self) -> None:
+        """Let the thread make every file durable and then write the record by which the shard exists."""
         if self._last is not None:
             self._last.result()
+        self._last = self._pool.submit(self._commit)
+
+    def commit(self) -> None:
+        """Commit and wait for it; what failed in the thread is raised here, and the shard's files are removed."""
+        try:
+            self.start_commit()
+            self.wait()
+        except BaseException:
+            self.abort()
+            raise
+
+    def wait(self) -> None:
+        """Wait for a commit that was started; raises what it raised."""
+        assert self._last is not None
+        self._last.result()
+        self._pool.shutdown()
+
+    def _commit(self) -> None:
         no_specs = np.empty((0, self.spec.num_crops, 6), np.int32)
         uids = np.concatenate([np.empty(0, np.uint64), *(group.uids for group in self._identity)])
         crcs = np.concatenate([np.empty(0, np.uint32), *(group.image_crcs for group in self._identity)])
@@ -151,7 +171,6 @@ class ShardWriter:
         for file in self._files.values():
             sync_folder(file.path.parent)
         write_commit(self.paths, self.view_set, Commit(self.shard, rows, self.fingerprint, records))
-        self._pool.shutdown()
 
     def abort(self) -> None:
         """Remove what was written."""
@@ -163,6 +182,29 @@ class ShardWriter:
 def _as_bytes(tensor: Tensor) -> npt.NDArray[np.uint8]:
     values = np.ascontiguousarray(tensor.cpu().numpy())
     return values.reshape(len(values), -1).view(np.uint8)
+
+
+@dataclass(frozen=True)
+class _Committing:
+    """A shard that is being written or committed, with its lock."""
+
+    writer: ShardWriter
+    lock: ExitStack
+
+    def finish(self) -> None:
+        """Wait for the commit and let go of the lock."""
+        try:
+            self.writer.wait()
+        except BaseException:
+            self.writer.abort()
+            raise
+        finally:
+            self.lock.close()
+
+    def give_up(self) -> None:
+        """Let a commit that is under way end, remove what is not committed, and let go of the lock."""
+        self.writer.abort()
+        self.lock.close()
 
 
 @dataclass(frozen=True)
@@ -218,30 +260,40 @@ class ViewSetBuild:
 
         groups = regroup(stream(), (size for shard_sizes in sizes for size in shard_sizes))
         rows = 0
-        for shard, shard_sizes in zip(shards, sizes, strict=True):
-            with shard_lock(self.paths, self.view_set, shard) as ours:
+        committing: list[_Committing] = []
+        try:
+            for shard, shard_sizes in zip(shards, sizes, strict=True):
+                lock = ExitStack()
+                ours = lock.enter_context(shard_lock(self.paths, self.view_set, shard))
                 if ours and not self.paths.commit(self.view_set, shard).exists():
-                    self._write_shard(shard, int(starts[shard]), len(shard_sizes), groups)
+                    writer = ShardWriter(self.paths, self.spec, self.view_set, shard, self.fingerprint)
+                    committing.append(_Committing(writer, lock))
+                    self._write_shard(writer, int(starts[shard]), len(shard_sizes), groups)
                     rows += self.spec.shard_rows[shard]
-                elif shard != shards[-1]:
-                    for _ in shard_sizes:
+                else:
+                    lock.close()
+                    for _ in shard_sizes if shard != shards[-1] else []:
                         next(groups)
+                if len(committing) > 1:
+                    committing.pop(0).finish()
+            while committing:
+                committing.pop(0).finish()
+        except BaseException:
+            for shard_commit in committing:
+                shard_commit.give_up()
+            raise
         return rows
 
-    def _write_shard(self, shard: int, start: int, num_groups: int, groups: Iterator[CropGroup]) -> None:
-        writer = ShardWriter(self.paths, self.spec, self.view_set, shard, self.fingerprint)
-        try:
-            for _ in range(num_groups):
-                group = next(groups)
-                expected = np.arange(start, start + len(group.rows))
-                assert np.array_equal(group.rows, expected), (group.rows, expected)
-                writer.append(group, self._encode(group))
-                start += len(group.rows)
-                self.written(len(group.rows))
-            writer.commit()
-        except BaseException:
-            writer.abort()
-            raise
+    def _write_shard(self, writer: ShardWriter, start: int, num_groups: int, groups: Iterator[CropGroup]) -> None:
+        """Write one shard and start its commit, which takes as long as the disk needs."""
+        for _ in range(num_groups):
+            group = next(groups)
+            expected = np.arange(start, start + len(group.rows))
+            assert np.array_equal(group.rows, expected), (group.rows, expected)
+            writer.append(group, self._encode(group))
+            start += len(group.rows)
+            self.written(len(group.rows))
+        writer.start_commit()
 
     def _encode(self, group: CropGroup) -> EncodedRows:
         try:

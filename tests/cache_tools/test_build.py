@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import json
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -65,6 +66,26 @@ def test_bytes_depend_on_neither_the_loader_batch_nor_a_shard_without_rows(tmp_p
         batch = synthetic_batch(np.array([6, 7, 17]), 0)
         error = (cache.fetch(batch).patches - SyntheticTeacher()(batch.crops).patches).abs()
         assert bool((error <= cache.bound(batch).patches).all())
+
+
+def test_crops_are_let_go_of_once_the_teacher_has_seen_them(tmp_path: Path) -> None:
+    pixels: list[weakref.ref[npt.NDArray[np.uint8]]] = []
+    most = 0
+
+    class Watched(SyntheticReader):
+        def __call__(self, rows: npt.NDArray[np.int64], view_set: int) -> Iterator[CropGroup]:
+            nonlocal most
+            for batch in super().__call__(rows, view_set):
+                memory = batch.crops.numpy().copy()
+                batch = dataclasses.replace(batch, crops=torch.from_numpy(memory))  # lives as long as its storage
+                pixels.append(weakref.ref(memory))
+                del memory
+                most = max(most, sum(reference() is not None for reference in pixels))
+                yield batch
+
+    request = synthetic_request(tmp_path / "cache", shard_rows=(120,))
+    run_build(request, SyntheticTeacher(), Watched(batch_size=4), progress=False)
+    assert len(pixels) > 30 and most <= 3
 
 
 def test_stored_codes_are_those_of_the_codec(tmp_path: Path) -> None:

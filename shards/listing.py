@@ -60,11 +60,6 @@ class Listing:
         """Bytes of all images as they lie in the source."""
         return int(self._rows["size"].sum())
 
-    @property
-    def num_renamed(self) -> int:
-        """Number of images whose name, met twice, or key, met twice, was changed."""
-        return int(((self._rows["duplicate"] > 0) | (self._rows["suffix"] > 0)).sum())
-
     def item(self, position: int) -> SourceItem:
         """Return the image at a position of the listing; a name met twice carries `#2`, `#3`, ..."""
         row = self._rows[position]

@@ -120,6 +120,7 @@ def _from_devkit(truth: str, meta: bytes, where: Path, classes: tuple[str, ...] 
 def _wnids_of_devkit(meta: bytes, where: Path) -> dict[int, str]:
     try:
         from scipy.io import loadmat
+        from scipy.io.matlab import MatReadError
     except ImportError as error:
         raise UserError(
             f"{where}: reading {_META} needs scipy, which is not installed. `pip install scipy`, or give a "
@@ -132,7 +133,7 @@ def _wnids_of_devkit(meta: bytes, where: Path) -> dict[int, str]:
             for synset in synsets
             if int(synset["num_children"]) == 0
         }
-    except (ValueError, KeyError, TypeError, IndexError, OSError) as error:
+    except (MatReadError, ValueError, KeyError, TypeError, IndexError, OSError) as error:
         raise UserError(
             f"{where}: {_META} cannot be read ({error}). Take it from ILSVRC2012_devkit_t12.tar.gz again."
         ) from error

@@ -22,6 +22,7 @@ from distill.model_card import Card
 from distill.models import create_vit
 from distill.targets import TeacherTargets
 from distill.teacher import FrozenTeacher, load_teacher
+from pipeline.batch import MultiCropBatch
 from pipeline.loader import open_loader
 from shards.format import load_manifest
 from shards.index import load_index
@@ -103,10 +104,12 @@ def assert_within_bound(cached: TeacherTargets, live: TeacherTargets, bound: Tea
         assert float(error.max()) > 0  # two sources, not one compared with itself
 
 
-def open_batches(world: SimpleNamespace, shards: Path) -> Iterator[object]:
+def open_batches(
+    world: SimpleNamespace, shards: Path, *, backend: str = "cpu", view_sets: int = 2
+) -> Iterator[MultiCropBatch]:
     loader = open_loader(
-        shards, backend="cpu", device="cpu", global_batch_size=4, rank=0, world_size=1, seed=5,
-        augmentation=world.options.crops(), view_sets=2, teacher_crops=True, num_threads=1,
+        shards, backend=backend, device="cpu", global_batch_size=4, rank=0, world_size=1, seed=5,
+        augmentation=world.options.crops(), view_sets=view_sets, teacher_crops=True, num_threads=1,
     )  # fmt: skip
     with loader:
         for _, batch in zip(range(2 * loader.steps_per_epoch), loader, strict=False):
@@ -116,11 +119,25 @@ def open_batches(world: SimpleNamespace, shards: Path) -> Iterator[object]:
 def test_cached_targets_of_the_training_loader_equal_the_live_teacher_within_the_bound(world: SimpleNamespace) -> None:
     with TeacherCache.open(world.cache, expect=expected_fingerprint(world)) as cache:
         seen = set()
-        for batch, cached in cache.join(open_batches(world, world.shards)):  # type: ignore[type-var]
+        for batch, cached in cache.join(open_batches(world, world.shards)):
             live = world.teacher(batch.teacher_crops)
             assert_within_bound(cached, live, cache.bound(batch))
             seen |= {(batch.view_set, int(row)) for row in batch.rows}
         assert {view_set for view_set, _ in seen} == {0, 1} and len(seen) == 2 * 12  # drop-last of 14
+
+
+def test_cached_equals_live_with_the_dali_backend_too(world: SimpleNamespace, tmp_path: Path) -> None:
+    pytest.importorskip("nvidia.dali", reason="needs the nvidia-dali package")
+    build_cache(
+        world.shards, tmp_path, teacher=world.teacher, augmentation=world.options.crops(), seed=5, view_sets=1,
+        batch_size=4, backend="dali", num_threads=1, calibration_rows=8, progress=False,
+    )  # fmt: skip
+    expect = expected_fingerprint(world, decoder="dali-cpu")
+    with TeacherCache.open(tmp_path, expect=expect) as cache:
+        for batch in open_batches(world, world.shards, backend="dali", view_sets=1):
+            assert_within_bound(cache.fetch(batch), world.teacher(batch.teacher_crops), cache.bound(batch))
+    with pytest.raises(CacheMismatch, match="decoder: this run 'cpu-cpu', the cache 'dali-cpu'"):
+        TeacherCache.open(tmp_path, expect=expected_fingerprint(world))
 
 
 def test_cache_holds_every_row_of_the_index_in_its_order(world: SimpleNamespace) -> None:

@@ -1,5 +1,6 @@
 """However a run ends, the loader ends with it: no hang, no thread, no child, no descriptor, no shared memory."""
 
+import contextlib
 import gc
 import os
 import signal
@@ -57,7 +58,8 @@ def _own_threads():
 def _children():
     found = []
     for task in Path("/proc/self/task").iterdir():
-        found += (task / "children").read_text().split()
+        with contextlib.suppress(FileNotFoundError):  # a thread that has just ended
+            found += (task / "children").read_text().split()
     return found
 
 

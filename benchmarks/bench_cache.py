@@ -56,6 +56,8 @@ class Measurement:
         ratio: median over rounds of this method's speed over the reference's in the same round.
         images_per_second: median.
         cpu_seconds_per_gb: process CPU time, all threads.
+        cpu_ratio: median over rounds of the reference's CPU time over this method's: the ratio that other programs on
+            the machine disturb least, where the disk is not waited for.
         rounds: their number.
     """
 
@@ -66,6 +68,7 @@ class Measurement:
     ratio: float
     images_per_second: float
     cpu_seconds_per_gb: float
+    cpu_ratio: float
     rounds: int
 
 
@@ -201,6 +204,7 @@ def measure(
                 ratio=float(np.median(images / reference)),
                 images_per_second=middle,
                 cpu_seconds_per_gb=float(np.median(cpu[name])),
+                cpu_ratio=float(np.median(np.array(cpu[names[0]]) / np.array(cpu[name]))),
                 rounds=rounds,
             )
         )
@@ -328,11 +332,13 @@ def append_rows(results: list[Measurement], *, row_bytes: int) -> None:
 
 def print_table(results: list[Measurement]) -> None:
     """Print the measurements."""
-    print(f"{'case':26}{'method':26}{'MB/s':>8}{'spread':>8}{'ratio':>8}{'images/s':>10}{'cpu-s/GB':>10}")
+    print(
+        f"{'case':26}{'method':26}{'MB/s':>8}{'spread':>8}{'ratio':>8}{'images/s':>10}{'cpu-s/GB':>10}{'cpu ratio':>11}"
+    )
     for r in results:
         print(
             f"{r.case:26}{r.method:26}{r.megabytes_per_second:8.0f}{r.spread:8.0%}{r.ratio:8.2f}"
-            f"{r.images_per_second:10.0f}{r.cpu_seconds_per_gb:10.2f}"
+            f"{r.images_per_second:10.0f}{r.cpu_seconds_per_gb:10.2f}{r.cpu_ratio:11.2f}"
         )
 
 

@@ -1,6 +1,8 @@
 """From images to targets: real packer, real loader, a small real ViT, the commands, and live = cached."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -209,6 +211,18 @@ def test_two_ranks_of_the_real_builder_write_the_bytes_of_one(world: SimpleNames
             view_sets=2, batch_size=4, backend="cpu", num_threads=1, rank=rank, world_size=2, calibration_rows=8,
             progress=False,
         )  # fmt: skip
+    for path in sorted(world.cache.rglob("*")):
+        if path.is_file():
+            assert (tmp_path / "cache" / path.relative_to(world.cache)).read_bytes() == path.read_bytes(), path
+
+
+@pytest.mark.slow  # three processes import torch
+def test_torchrun_with_two_ranks_writes_the_bytes_of_one(world: SimpleNamespace, tmp_path: Path) -> None:
+    build = [str(tmp_path / "cache") if word == str(world.cache) else word for word in world.build]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    repository = Path(__file__).parents[2]
+    done = subprocess.run([*torchrun, "-m", "cache_tools", *build], cwd=repository, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     for path in sorted(world.cache.rglob("*")):
         if path.is_file():
             assert (tmp_path / "cache" / path.relative_to(world.cache)).read_bytes() == path.read_bytes(), path

@@ -42,6 +42,7 @@ from distill.schedules import Schedule, due
 from distill.step import DistillStep
 from distill.targets import TeacherTargets
 from distill.teacher import FrozenTeacher, load_teacher
+from kernels.spd import plan_reduction
 from pipeline.batch import normalise
 from pipeline.loader import CenterCropBatch, open_loader, read_center_crops, read_teacher_crops
 from shards.atomic import write_atomic
@@ -335,14 +336,16 @@ def evaluate(
 def describe_start(
     config: TrainConfig, ranks: Ranks, first_step: int, total_steps: int, cache: TeacherCache | None
 ) -> str:
-    """Return the line that says what begins."""
+    """Return the line that says what begins, and on what."""
+    side = config.data.global_crops_size // config.student.patch_size
+    reduction = plan_reduction((side, side), method=config.losses.spd_reduction)
     source = f"targets from {config.teacher.cache_path}" if config.uses_cache() else "live teacher"
     mode = f"compiled by {config.runtime.compile_backend}" if config.runtime.compile else "eager"
     begins = f"resumes at step {first_step}" if first_step else "begins"
     return (
         f"{config.runtime.output_dir} {begins}: {total_steps} steps of "
         f"{config.optim.batch_size_per_gpu * ranks.world_size} images on {ranks.world_size} x {ranks.device.type}, "
-        f"{source}, {mode}"
+        f"{source}, {mode}. {reduction if config.losses.spd_loss_weight else 'No SPD loss'}"
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import logging
@@ -44,8 +43,8 @@ class Saved:
 class CheckpointWriter:
     """Writes checkpoints of one run from a background thread, one at a time.
 
-    `save` copies every tensor to the host and returns; the thread writes the file under a temporary name,
-    fsyncs, renames, and only then writes the record that makes the checkpoint exist.
+    `save` copies every tensor to the host and returns; the thread writes the file, and after it the record that
+    makes the checkpoint exist, each whole or not at all.
     """
 
     def __init__(self, run_dir: Path, *, keep_last: int, keep_every: int) -> None:
@@ -54,6 +53,7 @@ class CheckpointWriter:
         remove_temporaries(self.folder)
         self._keep_last = keep_last
         self._keep_every = keep_every
+        self._stage = HostStage()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -64,7 +64,7 @@ class CheckpointWriter:
             UserError: the previous checkpoint could not be written (disk full, say).
         """
         self.wait()
-        staged = _to_host(state)
+        staged = self._stage.copy(state)
         self._thread = threading.Thread(target=self._write, args=(step, staged), name="checkpoint")
         self._thread.start()
 
@@ -159,14 +159,32 @@ def load_student(run_dir: str | Path, *, use_ema: bool = True) -> tuple[Eva, dic
     return model.eval(), {"step": step, "config": config, "ema": ema}
 
 
-def _to_host(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        return {key: _to_host(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_to_host(item) for item in value]
-    return copy.copy(value)
+class HostStage:
+    """Copies a state to the host, into pinned buffers that are kept from one checkpoint to the next."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+
+    def copy(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Return a copy of `state` on the host that later steps do not change."""
+        staged: dict[str, Any] = self._copy(state, "")
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return staged
+
+    def _copy(self, value: Any, name: str) -> Any:
+        if isinstance(value, Tensor) and value.is_cuda:
+            buffer = self._buffers.get(name)
+            if buffer is None or buffer.shape != value.shape or buffer.dtype != value.dtype:
+                buffer = self._buffers[name] = torch.empty_like(value, device="cpu", pin_memory=True)
+            return buffer.copy_(value.detach(), non_blocking=True)
+        if isinstance(value, Tensor):
+            return value.detach().clone()
+        if isinstance(value, dict):
+            return {key: self._copy(item, f"{name}.{key}") for key, item in value.items()}
+        if isinstance(value, list):
+            return [self._copy(item, f"{name}[{i}]") for i, item in enumerate(value)]
+        return value
 
 
 def _file_sha256(path: Path) -> str:

@@ -118,6 +118,8 @@ class LossConfig:
     """Steps over which the KoLeo weight rises from 0: with LayerScale 1e-5 all cls tokens start equal."""
     spd_eps: float = 1.0
     """Added to the diagonal of the token Gram matrix."""
+    spd_reduction: Literal["pool", "sample"] = "pool"
+    """What makes at most 256 tokens of a larger patch grid: the mean of a window, or the token at its middle."""
     spd_backend: Literal["auto", "eigh", "resolvent"] = "auto"
     """Implementation of the matrix logarithm."""
 

@@ -72,12 +72,13 @@ def create_student(config: StudentConfig, *, seed: int) -> Eva:
 
 
 def _packable(model: Any, arch: str) -> Eva:
+    blocks: list[Any] = list(getattr(model, "blocks", []))
     packable = (
         isinstance(model, Eva)
         and model.rope is not None
         and model.pos_embed is None
         and not model.rope_mixed
-        and all(getattr(block.attn, "qkv", None) is not None and block.attn.gate is None for block in model.blocks)
+        and all(getattr(block.attn, "qkv", None) is not None and block.attn.gate is None for block in blocks)
     )
     if not packable:
         raise UserError(

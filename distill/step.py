@@ -15,7 +15,7 @@ from distill.config import LossConfig, StudentConfig
 from distill.heads import create_head
 from distill.models import packed_tokens, rope_table
 from distill.prototypes import PrototypeBank, Prototypes
-from kernels.spd import log_euclidean_loss, spd_logm, token_spd
+from kernels.spd import log_euclidean_loss, reduce_tokens, spd_logm, token_spd
 from pipeline.batch import normalise
 
 METRICS = (
@@ -63,6 +63,8 @@ class DistillStep(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(dim), requires_grad=config.mask_student_input)
         self.register_buffer("global_rope", rope_table(student, global_crops_size), persistent=False)
         self.register_buffer("local_rope", rope_table(student, local_crops_size), persistent=False)
+        side = global_crops_size // int(student.patch_embed.patch_size[0])
+        self.patch_grid = (side, side)
         self.weights = weights
         self.student_temp = student_temp
         self.mask_student_input = config.mask_student_input
@@ -177,10 +179,12 @@ class DistillStep(nn.Module):
             crops = [losses.koleo_loss(crop, all_ranks=weights.koleo_all_ranks) for crop in cls]
             terms["koleo"] = torch.stack(crops).mean()
         if weights.spd_loss_weight:
-            eps, backend = weights.spd_eps, weights.spd_backend
+            eps, backend, reduction = weights.spd_eps, weights.spd_backend, weights.spd_reduction
             with torch.no_grad():
-                teacher_log = spd_logm(token_spd(teacher_patches, eps=eps), eps=eps, backend=backend)
-            terms["spd"] = log_euclidean_loss(patches, teacher_log, eps=eps, backend=backend)
+                teacher_tokens = reduce_tokens(teacher_patches, self.patch_grid, reduction)
+                teacher_log = spd_logm(token_spd(teacher_tokens, eps=eps), eps=eps, backend=backend)
+            student_tokens = reduce_tokens(patches, self.patch_grid, reduction)
+            terms["spd"] = log_euclidean_loss(student_tokens, teacher_log, eps=eps, backend=backend)
         if weights.gram_loss_weight:
             terms["gram"] = losses.gram_loss(patches, teacher_patches)
         if weights.softmax_gram_loss_weight:

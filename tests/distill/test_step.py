@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from distill import gradients, losses
-from distill.config import LOSS_PRESETS, LossConfig, RuntimeConfig
+from distill.config import LOSS_PRESETS, LossConfig, RuntimeConfig, StudentConfig
 from distill.gradients import check_compiled_gradients, term_gradient_norms
 from distill.microbatch import StepInputs
 from distill.prototypes import Prototypes
@@ -208,3 +208,22 @@ def test_micro_batches_are_the_images_of_the_batch_with_their_masks(inputs: Step
         assert torch.equal(part.masked_indices, part.masks.flatten().nonzero().flatten())
         assert len(part.masked_indices) * number == len(inputs.masked_indices)
         assert part.masks.shape == (2 * size, n)
+
+
+def test_more_than_256_patches_are_reduced_alike_for_student_and_teacher(
+    make_step: MakeStep, prototypes: Prototypes, student_config: StudentConfig
+) -> None:
+    weights = dataclasses.replace(LOSS_PRESETS["proteus"](), mse_loss_weight=0.0, spd_loss_weight=1.0)
+    step = make_step(weights)
+    big = DistillStep(
+        step.student, prototypes, student_config, weights,
+        student_temp=0.1, global_crops_size=160, local_crops_size=24, autocast=False,
+    )  # fmt: skip
+    crops = torch.randint(0, 256, (2, 160, 160, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        teacher = step.student.forward_features(normalise(crops))[None, :, 5:]  # the student's own tokens
+        terms = big._token_terms(teacher[:, :, 0], teacher[0], teacher[0])
+        doubled = big._token_terms(teacher[:, :, 0], teacher[0], teacher[0].flip(1))
+    # 20 x 20 patches, averaged in windows to 10 x 10: equal tokens give no loss, misplaced ones do.
+    assert terms["spd"].item() == pytest.approx(0.0, abs=1e-6)
+    assert doubled["spd"].item() > 1e-3

@@ -24,7 +24,7 @@ from distill.runtime import parse_config, process_group
 from shards.pack import pack
 
 ROOT = Path(__file__).parents[2]
-CROPS = "--global_crops_size 48 --global_crops_scale 0.5 1.0 --flip_prob 0.5 --backend dali".split()
+CROPS = "--global_crops_size 48 --global_crops_scale 0.5 1.0 --flip_prob 0.5 --backend auto".split()
 STUDENT = """--patch_size 8 --embed_dim 48 --depth 2 --num_heads 2 --layer_scale 0.5 --local_crops_size 24
     --local_crops_number 3 --mask_patch_size 16 --num_prototypes 32 --prototype_rows 128 --prototype_iterations 3
     --koleo_warmup_steps 4 --warmup_epochs 0.2 --lr 4e-3 --no_compile --device cpu --num_threads 1 --log_every 1

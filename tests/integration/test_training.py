@@ -86,7 +86,7 @@ def test_live_and_cached_targets_give_losses_within_the_codecs_bound(
     with (
         TeacherCache.open(workplace.cache) as cache,
         open_loader(
-            workplace.shards, backend="dali", device="cpu", global_batch_size=16, seed=0, augmentation=config.crops(),
+            workplace.shards, device="cpu", global_batch_size=16, seed=0, augmentation=config.crops(),
             view_sets=2, teacher_crops=False,
         ) as loader,
     ):  # fmt: skip

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -101,13 +102,15 @@ class OddFile:
     lossless: bool = False
 
 
-def _cmyk() -> tuple[bytes, bytes, Pixels]:
-    """One picture as CMYK in Adobe's inverted form and in the plain form, and what it shows in RGB."""
+def _cmyk() -> tuple[bytes, bytes, bytes, Pixels]:
+    """One picture as CMYK inverted by Adobe's rule, as plain CMYK and as YCCK, and what it shows in RGB."""
     image = Image.fromarray(photo(40, 56)).convert("CMYK")
     shown = np.asarray(image.convert("RGB"))
     adobe = saved(image, "JPEG", quality=98)
     plain = saved(ImageChops.invert(image), "JPEG", quality=98)  # Pillow inverts again what it saves
-    return adobe, without_segment(plain, 0xEE), shown
+    inverted = np.ascontiguousarray(255 - np.asarray(image))
+    ycck = simplejpeg.encode_jpeg(inverted, quality=98, colorspace="CMYK", colorsubsampling="444")
+    return adobe, without_segment(plain, 0xEE), ycck, shown
 
 
 def _verbatim_files() -> dict[str, OddFile]:
@@ -146,7 +149,8 @@ def _reencoded_files() -> dict[str, OddFile]:
     over_white = image.copy()
     over_white[:, :28] = 255
     wide = np.arange(40 * 56, dtype=np.uint16).reshape(40, 56) * 29
-    adobe, plain, shown = _cmyk()
+    adobe, plain, ycck, shown = _cmyk()
+    deep = np.random.default_rng(1).integers(0, 65536, (20, 30, 3), dtype=np.uint16)
     y, x = np.mgrid[0:16, 0:24]
     gradient = np.stack([x * 10, y * 15, (x + y) * 6], -1).astype(np.uint8)
     palette = pil.convert("P", palette=Image.Palette.ADAPTIVE, colors=64)
@@ -166,6 +170,7 @@ def _reencoded_files() -> dict[str, OddFile]:
     plainly = {
         "cmyk_adobe_inverted": (adobe, "CMYK JPEG", shown),
         "cmyk_plain": (plain, "CMYK JPEG", shown),
+        "ycck": (ycck, "CMYK JPEG", shown),
         "rgb_jpeg": (saved(pil, "JPEG", quality=98, keep_rgb=True), "RGB JPEG", image),
         "arithmetic": ((DATA / "arithmetic.jpg").read_bytes(), "arithmetic-coded JPEG", gradient),
         "arithmetic_progressive": (
@@ -190,6 +195,9 @@ def _reencoded_files() -> dict[str, OddFile]:
         "png_16_bit": (saved(Image.fromarray(wide), "PNG"), "PNG", _gray_to_rgb(np.round(wide / 257))),
         "png_1_bit": (saved(gray.convert("1"), "PNG"), "PNG", np.asarray(gray.convert("1").convert("RGB"))),
         "png_rotated": (saved(pil, "PNG", exif=_exif(6)), "PNG", _oriented(image, 6)),
+        "png_48_bit": (cv2.imencode(".png", deep)[1].tobytes(), "PNG", (deep[..., ::-1] >> 8).astype(np.uint8)),
+        "ppm": (saved(pil, "PPM"), "PPM", image),
+        "jpeg_2000": (saved(pil, "JPEG2000", irreversible=False), "JPEG2000", image),
         "gif": (saved(palette, "GIF"), "GIF", np.asarray(palette.convert("RGB"))),
         "gif_animated": (saved(palette, "GIF", save_all=True, append_images=[gray.convert("P")]), "GIF", None),
         "webp": (saved(pil, "WEBP", lossless=True), "WEBP", image),
@@ -198,7 +206,13 @@ def _reencoded_files() -> dict[str, OddFile]:
         "tiff_16_bit": (saved(Image.fromarray(wide), "TIFF"), "TIFF", _gray_to_rgb(np.round(wide / 257))),
     }
     files |= {
-        name: OddFile(data, "re-encoded", origin, pixels=pixels, lossless="JPEG" not in origin)
+        name: OddFile(
+            data,
+            "re-encoded",
+            origin,
+            pixels=pixels,
+            lossless=not origin.endswith(("JPEG", "JPEG of unusual sampling")),
+        )
         for name, (data, origin, pixels) in plainly.items()
     }
     files["72_megapixels"] = OddFile(

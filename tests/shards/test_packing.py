@@ -20,6 +20,7 @@ from shards.format import RowFlag, is_key, load_manifest, name_uid, plain_key
 from shards.index import ShardIndex, load_index
 from shards.pack import pack
 from shards.tar_format import SampleWriter
+from shards.verify import verify
 
 MakeFolders = Callable[[Path, int, int], dict[str, bytes]]
 NUM_IMAGES, ROWS_PER_SHARD = 42, 8
@@ -215,6 +216,27 @@ def test_quarantined_images_leave_their_shard_short_and_are_listed_with_reasons(
     index: ShardIndex = load_index(tmp_path / "out")
     assert index.shard.tolist() == list(range(12))
     assert not set(index.uid.tolist()) & {name_uid(name) for name in bad}
+
+
+def test_the_odd_files_are_packed_as_the_corpus_states_and_the_folder_is_whole(
+    odd_files: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "in/odd").mkdir(parents=True)
+    for name, odd in odd_files.items():
+        (tmp_path / "in/odd" / f"{name}.JPEG").write_bytes(odd.data)
+    manifest = pack(tmp_path / "in", tmp_path / "out", workers=2, rows_per_shard=16, progress=False)
+    outcomes = [odd.outcome for odd in odd_files.values()]
+    assert manifest.counts["verbatim"] == outcomes.count("verbatim")
+    assert manifest.counts["quarantined"] == outcomes.count("rejected")
+    reencoded = {name: count for name, count in manifest.counts.items() if name.startswith("re-encoded: ")}
+    assert sum(reencoded.values()) == outcomes.count("re-encoded")
+    assert set(reencoded) == {f"re-encoded: {o.detail}" for o in odd_files.values() if o.outcome == "re-encoded"}
+    listed = [json.loads(line) for line in (tmp_path / "out/quarantine.jsonl").read_text().splitlines()]
+    reasons = {entry["name"][len("odd/") : -len(".JPEG")]: entry["reason"] for entry in listed}
+    for name, odd in odd_files.items():
+        assert (odd.outcome == "rejected") == (name in reasons), name
+        assert odd.detail in reasons.get(name, odd.detail), name
+    assert verify(tmp_path / "out", decode=1.0, workers=1, progress=False) == []
 
 
 def test_a_source_without_a_single_good_image_is_an_error(tmp_path: Path) -> None:

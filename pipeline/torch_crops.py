@@ -65,7 +65,11 @@ def cubic_taps(
     near = ((a + 2) * t - (a + 3)) * t * t + 1
     far = ((a * t - 5 * a) * t + 8 * a) * t - 4 * a
     weight = torch.where(t < 1, near, torch.where(t < 2, far, 0.0))
-    weight = weight / weight.sum(-1, keepdim=True)
+    # Summed tap by tap: a reduction's order would depend on the number of taps, and so on the batch.
+    total = torch.zeros_like(centre)
+    for tap in weight.unbind(-1):
+        total = total + tap
+    weight = weight / total[..., None]
     index = torch.minimum(pixel.long().clamp_min(0), (length - 1)[:, None, None])
     return Taps(index, weight.float())
 

@@ -140,6 +140,20 @@ def test_torch_resize_equals_the_definition_of_the_kernel(shape, box, flip):
     assert np.abs(crop - clamped).max() <= 0.5 + 1e-3
 
 
+def test_taps_do_not_depend_on_how_many_there_are():
+    rng = np.random.default_rng(4)
+    start = torch.from_numpy(rng.uniform(0, 100, 200).round())
+    end = start + torch.from_numpy(rng.integers(20, 400, 200).astype(float))
+    length = torch.full((200,), 450)
+    few = cubic_taps(start, end, length, 32, taps_needed(400, 32))
+    many = cubic_taps(start, end, length, 32, taps_needed(1000, 32))
+    k = few.weight.shape[-1]
+    assert torch.equal(many.weight[..., :k], few.weight)
+    assert torch.equal(many.index[..., :k], few.index)
+    assert not many.weight[..., k:].any()
+    assert torch.allclose(few.weight.sum(-1), torch.ones(()), atol=1e-6)
+
+
 def _both_distorted(source, a):
     """The same 40 random textures on a slope, distorted by cv2 and by torch with one plan; int arrays."""
     uids = source.index.uid[:40]

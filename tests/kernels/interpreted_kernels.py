@@ -1,0 +1,54 @@
+"""Runs the Triton kernels in the interpreter on saved matrices and saves what they give.
+
+A process of its own, because Triton decides at import whether it interprets:
+`TRITON_INTERPRET=1 python interpreted_kernels.py inputs.pt outputs.pt`.
+"""
+
+import sys
+
+import torch
+
+from kernels.spd import triton_launch
+from kernels.spd.ops import log_loss_op, logm_backward_op, logm_op
+from kernels.spd.solver import batched_eigh
+
+
+def run_path(path, matrices, target, eps, all_variants):
+    """The logarithm, the loss and its gradient by one path; the other variants of its kernels on demand."""
+    if path == "spectral":
+        values, vectors = batched_eigh(matrices)
+        distance, upstream = triton_launch.log_map(values, vectors, target, write=True)
+        return {
+            "loss": distance,
+            "gradient": triton_launch.spectral_gradient(values, vectors, upstream),
+            "loss_alone": triton_launch.log_map(values, vectors, target, write=False)[0],
+            "log": triton_launch.log_map(values, vectors, None, write=True)[1],
+        }
+    loss, gradient = log_loss_op(matrices, target, eps, path, True)
+    found = {"loss": loss, "gradient": gradient}
+    if all_variants:
+        log = logm_op(matrices, eps, path)
+        found["log"] = log
+        found["loss_alone"] = log_loss_op(matrices, target, eps, path, False)[0]
+        # Of a gradient of another scale, as one that comes from a small loss weight.
+        found["pullback"] = 2**20 * logm_backward_op(matrices, 2.0**-19 * (log - target), eps, path)
+    return found
+
+
+def main(inputs, outputs):
+    assert triton_launch.interpreted()
+    results = {}
+    for name, case in torch.load(inputs, weights_only=True).items():
+        for path in ("eigh", "resolvent", "spectral"):
+            results[f"{name}/{path}"] = run_path(path, **case)
+    bad = torch.stack([torch.eye(20), torch.eye(20), torch.eye(20)])
+    bad[1, 3, 3] = float("nan")
+    bad[2, 4, 4] = -3.0
+    for backend in ("eigh", "resolvent"):
+        loss, gradient = log_loss_op(bad, torch.zeros(3, 20, 20), 1.0, backend, True)
+        results[f"bad/{backend}"] = {"loss": loss, "gradient": gradient}
+    torch.save(results, outputs)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

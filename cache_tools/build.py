@@ -42,7 +42,8 @@ from shards.errors import UserError
 from shards.format import load_manifest
 
 DEFAULT_CALIBRATION_ROWS = 2048
-QUALITY_CROPS = 32
+# Tokens on which the codec is measured: the matrix logarithm grows with the cube of a crop's tokens.
+QUALITY_TOKENS = 32 * 196
 WAIT_SECONDS = 3600.0
 
 
@@ -111,8 +112,8 @@ def run_build(
     """Build what is not yet there.
 
     Every finished tar shard survives whatever stops a build; the same call again continues. Ranks share no state but
-    the folder. The bytes depend on the request and the teacher alone where the teacher's rows do not depend on the
-    other rows of their batch shape; not on ranks, nor on interruptions.
+    the folder. The bytes depend on the request and the teacher alone, not on ranks nor on interruptions: batches are
+    cut at tar shards, so even a teacher whose last bits depend on the batch sees the same ones.
 
     Raises:
         CacheMismatch: the folder holds a cache of something else.
@@ -159,6 +160,7 @@ class _Encoder:
         self.request = request
         self.calibration = None if calibration is None else calibration.tensors(request.device)
 
+    @torch.no_grad()
     def __call__(self, group: CropGroup) -> EncodedRows:
         spec = self.request.spec
         targets = self.teacher(group.crops.to(self.request.device), num_crops=spec.num_crops)
@@ -190,6 +192,7 @@ def _laid_out(request: BuildRequest, teacher: Teacher, read_crops: ReadCrops, *,
     return attributes
 
 
+@torch.no_grad()
 def _lay_out(request: BuildRequest, teacher: Teacher, read_crops: ReadCrops, *, progress: bool) -> None:
     """Calibrate the codec, measure it, and write the group."""
     spec = request.spec
@@ -208,7 +211,7 @@ def _lay_out(request: BuildRequest, teacher: Teacher, read_crops: ReadCrops, *, 
     if calibration is not None:
         digest = calibration_sha256(calibration)
         fingerprint["codec"] = fingerprint["codec"] | {"calibration": digest}
-    few = sample.patches.flatten(0, 1)[:QUALITY_CROPS].float().cpu()
+    few = sample.patches.flatten(0, 1)[: max(2, QUALITY_TOKENS // spec.num_patches)].float().cpu()
     attributes = {
         "format_version": FORMAT_VERSION,
         "spec": spec.to_json(),

@@ -68,6 +68,7 @@ class FeatureReport:
         return "\n".join(lines)
 
 
+@torch.no_grad()
 def measure_features(
     teacher: Teacher, batches: Iterable[TeacherCrops], *, num_crops: int, device: torch.device
 ) -> FeatureReport:
@@ -76,8 +77,9 @@ def measure_features(
     Raises:
         UserError: there are fewer than two batches.
     """
-    moments, covariance, count = ChannelMoments(), None, 0
+    moments, count = ChannelMoments(), 0
     held: Tensor | None = None
+    covariance: Tensor | None = None
     rows = 0
     for batch in batches:
         if held is not None:

@@ -204,9 +204,15 @@ def _lines(path: Path) -> list[str]:
 
 
 def _commit() -> str:
-    command = ["git", "describe", "--always", "--dirty"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
-    return result.stdout.strip() or "unknown"
+    """The commit, with a mark if the measured code differs from it."""
+
+    def git(*arguments: str) -> str:
+        root = Path(__file__).parents[1]
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False, cwd=root)
+        return done.stdout.strip()
+
+    changed = git("status", "--porcelain", "kernels", "benchmarks/bench_spd.py")
+    return (git("rev-parse", "--short", "HEAD") or "unknown") + ("-changed" if changed else "")
 
 
 def measure(device: torch.device, batch: int, n: int, rounds: int) -> list[Row]:
@@ -295,7 +301,7 @@ def main() -> None:
     if device.type == "cuda" and torch_loops_over_matrices() and not cupy_eigh_available():
         print(f"torch {torch.__version__} solves matrices one by one: '{BASELINE}' is no baseline here.")
     shapes = [(b, n) for n in (36, 64, 196, 256) for b in (32, 128, 256)]
-    rounds = 30 if device.type == "cuda" else 5
+    rounds = 30 if device.type == "cuda" else 7
     if arguments.quick:
         shapes, rounds = [(8, 36), (8, 64)], 3
     print(f"{'path':20}{'B':>5}{'n':>5}{'ms':>10}{'spread':>8}{'speed-up':>10}{'floor ms':>10}   {device}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -67,7 +68,7 @@ class CpuCrops:
         self._work = work
         self._device = options.device
         self._in_flight: deque[_InFlight] = deque()
-        self._pool = ThreadPoolExecutor(options.num_threads, thread_name_prefix="crops")
+        self._pool = _start_threads(options.num_threads)
 
     def submit(self, request: CropRequest) -> None:
         """Start one task an image."""
@@ -131,6 +132,30 @@ class CpuCrops:
             assert target is not None
             row = (view if is_global else view - w.num_global) * n + i
             target[row].numpy()[...] = crop
+
+
+def _start_threads(num_threads: int) -> ThreadPoolExecutor:
+    """Start threads in which torch runs on one core, as each image is one thread's work.
+
+    torch.set_num_threads sets what a thread takes over when it first uses torch; so it is called in each new
+    thread, and then set back for the rest of the program.
+    """
+    of_the_rest = torch.get_num_threads()
+    if of_the_rest == 1:
+        return ThreadPoolExecutor(num_threads, thread_name_prefix="crops")
+    started = threading.Barrier(num_threads + 1)
+
+    def start() -> None:
+        torch.set_num_threads(1)
+        torch.get_num_threads()  # a thread takes the setting over when it first asks, and keeps it
+        started.wait()
+
+    pool = ThreadPoolExecutor(num_threads, thread_name_prefix="crops", initializer=start)
+    for _ in range(num_threads):
+        pool.submit(int)
+    started.wait()
+    torch.set_num_threads(of_the_rest)
+    return pool
 
 
 def resize(

@@ -90,6 +90,19 @@ def read_teacher_crops(
     The crops equal, bit for bit, the `teacher_crops` that `open_loader` gives with the same backend and device
     for the same row, view set, seed and augmentation.
 
+    Args:
+        shards: folder of packed shards.
+        rows: rows of the index, in any order.
+        view_set: fixes boxes and flips.
+        seed: 64-bit seed.
+        augmentation: of which only what the teacher sees matters, see `Augmentation.geometry_fingerprint`.
+        backend: `auto`, `dali`, `cpu` or `torch`.
+        device: where the crops are wanted.
+        batch_size: images of a batch.
+        num_threads: threads that decode and crop; by default the usable cores, at most 8.
+        hw_decoder_load: DALI on a GPU: 0.0 or 1.0, see `BackendOptions`.
+        access: how shards are read, see `ShardSource`.
+
     Raises:
         UserError: at the call for settings and shards, while iterating for a sample that cannot be decoded.
     """

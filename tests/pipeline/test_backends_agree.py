@@ -1,5 +1,6 @@
 """The three backends make the same crops, over the whole chain, on natural-like images."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -7,8 +8,9 @@ import pytest
 import torch
 
 from pipeline.augmentation import preset
+from pipeline.cpu_crops import CpuCrops
 from pipeline.cpu_crops import distort as cpu_distort
-from pipeline.crops import training_work
+from pipeline.crops import BackendOptions, center_work, training_work
 from pipeline.plan import CropPlan, crop_plan
 from pipeline.source import ShardSource
 from pipeline.torch_crops import cubic_taps, resample, taps_needed
@@ -152,6 +154,20 @@ def test_taps_do_not_depend_on_how_many_there_are():
     assert torch.equal(many.index[..., :k], few.index)
     assert not many.weight[..., k:].any()
     assert torch.allclose(few.weight.sum(-1), torch.ones(()), atol=1e-6)
+
+
+def test_cpu_threads_use_one_torch_thread_each_and_leave_the_others_theirs():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        crops = CpuCrops(center_work(32), BackendOptions(torch.device("cpu"), 2, 4))
+        assert {f.result() for f in [crops._pool.submit(torch.get_num_threads) for _ in range(20)]} == {1}
+        assert torch.get_num_threads() == 3
+        with ThreadPoolExecutor(1) as later:
+            assert later.submit(torch.get_num_threads).result() == 3
+        crops.close()
+    finally:
+        torch.set_num_threads(before)
 
 
 def _both_distorted(source, a):

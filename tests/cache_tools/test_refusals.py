@@ -1,0 +1,123 @@
+"""Refusals that no other test provokes: each names the place and what to do."""
+
+import dataclasses
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import zarr
+
+from cache_tools import format as format_module
+from cache_tools.build import run_build
+from cache_tools.commit import shard_lock
+from cache_tools.errors import CacheCorrupt, CacheFallbackWarning
+from cache_tools.format import Paths
+from cache_tools.options import TeacherOptions, Verify
+from cache_tools.read import TeacherCache
+from cache_tools.synthetic import SyntheticReader, SyntheticTeacher, synthetic_batch, synthetic_request
+from cache_tools.verify import repair_cache, verify_cache
+from pipeline.augmentation import preset
+from shards.errors import UserError
+from shards.index import ShardIndex
+
+BuildSmall = Callable[..., Path]
+PATCH_FILE = "data.zarr/v0/patch/c.1.0.0.0.0"
+
+
+def index_of(rows: int) -> ShardIndex:
+    batch = synthetic_batch(np.arange(rows), 0)
+    zeros = np.zeros(rows)
+    columns = dict.fromkeys(("shard", "offset", "size", "height", "width", "label", "flags"), zeros)
+    return ShardIndex(uid=batch.uids, crc32c=batch.image_crcs, **columns)  # type: ignore[arg-type]
+
+
+def test_file_that_is_cut_after_it_was_opened_is_corrupt(build_small: BuildSmall) -> None:
+    root = build_small()
+    with TeacherCache.open(root) as cache:
+        cache.fetch(synthetic_batch(np.array([7]), 0))
+        with (root / PATCH_FILE).open("r+b") as file:
+            file.truncate(3 * (2 * 4 * 16 + 4) + 1)
+        with pytest.raises(CacheCorrupt, match=r"c\.1\.0\.0\.0\.0: ends within row 3"):
+            cache.fetch(synthetic_batch(np.array([7, 10]), 0))
+
+
+def test_verify_against_an_index_of_other_length_says_so(build_small: BuildSmall) -> None:
+    root = build_small()
+    assert verify_cache(root, index=index_of(18)).damages == ()
+    damages = verify_cache(root, index=index_of(17)).damages
+    assert len(damages) == 3 and "18 rows, the shards hold 17" in damages[0].message
+
+
+def test_repair_leaves_a_shard_that_is_being_written_alone(build_small: BuildSmall) -> None:
+    root = build_small()
+    (root / PATCH_FILE).unlink()
+    with shard_lock(Paths(root), 0, 1), pytest.raises(UserError, match="shard 1 of view set 0 is being written"):
+        repair_cache(root)
+    assert (root / "commit/v0/000001.json").exists()
+
+
+def test_repair_removes_files_of_shards_without_a_record(build_small: BuildSmall) -> None:
+    root = build_small()
+    (root / "commit/v0/000001.json").unlink()
+    partial = root / "data.zarr/v0/cls/.c.1.0.0.0.partial"
+    partial.write_bytes(b"half")
+    assert repair_cache(root) == ()
+    assert not partial.exists() and not (root / PATCH_FILE).exists()
+    assert (root / PATCH_FILE.replace("c.1", "c.0")).exists()
+
+
+def test_zarr_version_with_another_layout_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(format_module, "foreign_fields", lambda path, array, spec: ["codecs"])
+    with pytest.raises(UserError, match=r"patch: zarr .* writes codecs in another way"):
+        run_build(synthetic_request(tmp_path / "cache"), SyntheticTeacher(), SyntheticReader(), progress=False)
+    assert not (tmp_path / "cache/data.zarr/v0").exists()
+
+
+def test_unknown_codec_is_refused(build_small: BuildSmall) -> None:
+    root = build_small()
+    path = root / "data.zarr/zarr.json"
+    path.write_text(path.read_text().replace('"codec": "int8"', '"codec": "int3"'))
+    with pytest.raises(UserError, match="codec 'int3' is unknown to this version; it knows int8, fp16"):
+        TeacherCache.open(root)
+
+
+def test_damage_in_another_layout_is_reported_through_zarr(build_small: BuildSmall) -> None:
+    root = build_small()
+    folder = root / "data.zarr/v0/patch"
+    values = np.asarray(zarr.open_array(folder, mode="r")[:])
+    zarr.create_array(folder, data=values, chunks=(1, 7, 2, 4, 16), overwrite=True)
+    chunk = folder / "c/1/0/0/0/0"
+    chunk.write_bytes(chunk.read_bytes()[:20])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CacheFallbackWarning)
+        with TeacherCache.open(root) as cache, pytest.raises(CacheCorrupt, match="zarr-python cannot read it"):
+            cache.fetch(synthetic_batch(np.array([8]), 0))
+        damages = verify_cache(root, deep=True).damages
+    assert [(d.view_set, d.shard) for d in damages] == [(0, 1)]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_without_a_device_is_refused() -> None:
+    with pytest.raises(UserError, match="--device cuda: local rank 0, this machine has 0 CUDA devices"):
+        TeacherOptions(shards=Path("shards"), device="cuda").place()
+
+
+def test_teacher_check_of_an_augmentation_that_flags_cannot_give_is_refused(tmp_path: Path) -> None:
+    odd = dataclasses.replace(preset("dino"), aspect_ratio=(0.5, 2.0)).geometry_fingerprint()
+    fingerprint = {"crops": {"geometry": json.loads(json.dumps(odd)), "seed": 3}, "teacher": {"architecture": "x"}}
+    with pytest.raises(UserError, match="an augmentation that is none of dino, dinov2_released"):
+        Verify(tmp_path, shards=tmp_path).teacher_options(fingerprint)
+    for name in ("dino", "dinov2_released"):
+        geometry = json.loads(
+            json.dumps(dataclasses.replace(preset(name), teacher_photometric=True).geometry_fingerprint())
+        )
+        fingerprint["crops"] = {"geometry": geometry, "seed": 3}
+        options = Verify(tmp_path, shards=tmp_path).teacher_options(fingerprint)
+        assert (options.augmentation, options.seed, options.teacher_arch) == (name, 3, "x")
+        assert json.loads(json.dumps(options.crops().geometry_fingerprint())) == geometry

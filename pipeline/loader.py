@@ -369,7 +369,7 @@ class _Stream:
         return Job(rows, request, epoch, step, len(bad))
 
     def _substitute(self, order: npt.NDArray[np.int64], position: int) -> int:
-        """The good row half an epoch away: the same for every world size, and not of the same batch."""
+        """The good row half an epoch away: the same for every world size, and of another batch if there is one."""
         n = len(order)
         for distance in range(n):
             row = int(order[(position + n // 2 + distance) % n])

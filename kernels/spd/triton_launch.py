@@ -26,7 +26,7 @@ SPECTRAL_TILE = 64
 SPECTRAL_DEPTH = 32
 SPECTRAL_OPTIONS = {"num_warps": 8, "num_stages": 3}
 OPERAND_DTYPE = torch.float16
-"""Of the operands of the gradient products: their entries are below 200 and need digits more than range."""
+"""Of the operands of the gradient products: below 1 at eps = 1, below 600 at any eps; digits matter, not range."""
 MIN_CAPABILITY = (8, 0)
 """TF32 tensor cores."""
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import sys
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,13 @@ from cache_tools.fingerprint import cache_fingerprint
 from cache_tools.read import TeacherCache
 from distill.checkpoint import CheckpointWriter, load_newest
 from distill.config import TrainConfig
-from distill.evaluation.knn import knn_top1
+from distill.evaluation.in_training import student_knn
 from distill.gradients import check_compiled_gradients, term_gradient_norms
 from distill.metrics import MetricsLog
 from distill.microbatch import StepInputs
 from distill.models import create_student
 from distill.optim import StudentEma, clip_gradients, create_optimizer, set_lr, skip_update
-from distill.prototypes import Prototypes, fit_prototypes, load_prototypes, save_prototypes
+from distill.prototypes import PROTOTYPES, Prototypes, fit_or_share_prototypes, load_prototypes
 from distill.run_folder import write_or_check_config
 from distill.runtime import (
     Ranks,
@@ -43,9 +44,8 @@ from distill.step import DistillStep
 from distill.targets import TeacherTargets
 from distill.teacher import FrozenTeacher, load_teacher
 from kernels.spd import plan_reduction
-from pipeline.batch import normalise
-from pipeline.loader import CenterCropBatch, open_loader, read_center_crops, read_teacher_crops
-from shards.atomic import write_atomic
+from pipeline.batch import MultiCropBatch
+from pipeline.loader import MultiCropLoader, open_loader, read_teacher_crops
 from shards.errors import UserError
 from shards.format import load_manifest
 
@@ -103,7 +103,9 @@ def train(config: TrainConfig, ranks: Ranks) -> None:
         view_sets=num_view_sets(config, cache),
         teacher_crops=teacher is not None,
         num_threads=config.data.num_threads,
+        hw_decoder_load=config.data.hw_decoder_load,
         policy=config.data.on_bad_sample,
+        skip_budget=config.data.skip_budget,
     )
     total_steps = config.optim.max_steps or round(config.optim.epochs * loader.steps_per_epoch)
     schedule = Schedule(
@@ -116,29 +118,14 @@ def train(config: TrainConfig, ranks: Ranks) -> None:
     )
     log = MetricsLog(run_dir, config.runtime, ranks, first_step=first_step, total_steps=total_steps)
     guard = StepGuard(ranks, run_dir, config.data.data_seed)
-    writer = CheckpointWriter(
-        run_dir, keep_last=config.runtime.keep_checkpoints, keep_every=config.runtime.keep_every
-    )
+    writer = CheckpointWriter(run_dir, config.runtime, is_main=ranks.is_main)
     log.say(describe_start(config, ranks, first_step, total_steps, cache))
-
-    def checkpoint(step: int) -> None:
-        if ranks.is_main:
-            with log.paused():
-                writer.save(step, full_state(step_module, optimizer, ema, loader.state_dict()))
 
     step = first_step
     with loader:
-        batches = iter(loader)
+        batches = with_targets(loader, cache, teacher, ranks, log)
         while step < total_steps and not guard.should_stop():
-            log.phases.mark("data_wait")
-            batch = next(batches)
-            log.phases.mark("targets")
-            if teacher is not None:
-                assert batch.teacher_crops is not None
-                targets = teacher(batch.teacher_crops)
-            else:
-                assert cache is not None
-                targets = cache.fetch(batch, device=ranks.device)
+            batch, targets, loader_state = next(batches)
 
             log.phases.mark("student")
             torch.manual_seed(step_seed(config.runtime.seed, step, ranks.rank))
@@ -175,18 +162,24 @@ def train(config: TrainConfig, ranks: Ranks) -> None:
                     norms = term_gradient_norms(step_module, inputs, scalars)
                 log.event(step, **{f"grad_norm_{name}": value for name, value in norms.items()})
             if due(step, config.runtime.checkpoint_every) or step == total_steps:
-                checkpoint(step)
+                checkpoint(writer, step, step_module, optimizer, ema, loader_state, log)
             if schedule.knn_due(step):
                 with log.paused():
-                    evaluate(config, ema.model if ema else step_module.student, step, schedule.epoch(step), ranks, log)
+                    if ranks.is_main:
+                        top1 = student_knn(ema.model if ema else step_module.student, config, ranks.device)
+                        log.event(step, epoch=schedule.epoch(step), knn_top1=top1)
+                        log.say(f"step {step}: k-NN {top1:.2f} %")
+                    ranks.barrier()
 
         stopped = guard.should_stop(drain=True)
-        if step < total_steps and stopped:
-            checkpoint(step)
+        if first_step < step < total_steps and stopped:
+            checkpoint(writer, step, step_module, optimizer, ema, loader_state, log)
     writer.wait()
     log.close()
     log.say(f"{'stopped by ' + (stop.received or 'another rank') if stopped else 'done'} at step {step}")
     log.say(log.summary())
+    if config.data.on_bad_sample == "skip":
+        log.say(loader.failures.summary())
 
 
 def open_cache(config: TrainConfig) -> TeacherCache:
@@ -204,6 +197,38 @@ def live_teacher(config: TrainConfig, ranks: Ranks) -> FrozenTeacher:
     if config.runtime.compile:
         teacher.compile(config.runtime.compile_backend)
     return teacher
+
+
+def with_targets(
+    loader: MultiCropLoader,
+    cache: TeacherCache | None,
+    teacher: FrozenTeacher | None,
+    ranks: Ranks,
+    log: MetricsLog,
+) -> Iterator[tuple[MultiCropBatch, TeacherTargets, dict[str, Any]]]:
+    """Yield batches, their targets, and the loader's state after them; cached rows are read one batch ahead."""
+    states: deque[dict[str, Any]] = deque()
+
+    def batches() -> Iterator[MultiCropBatch]:
+        log.phases.mark("data_wait")
+        for batch in loader:
+            log.phases.mark("targets")
+            states.append(loader.state_dict())
+            yield batch
+            log.phases.mark("data_wait")
+
+    def live(teacher: FrozenTeacher) -> Iterator[tuple[MultiCropBatch, TeacherTargets]]:
+        for batch in batches():
+            assert batch.teacher_crops is not None
+            yield batch, teacher(batch.teacher_crops)
+
+    if teacher is not None:
+        pairs = live(teacher)
+    else:
+        assert cache is not None
+        pairs = cache.join(batches(), device=ranks.device)
+    for batch, targets in pairs:
+        yield batch, targets, states.popleft()
 
 
 def num_view_sets(config: TrainConfig, cache: TeacherCache | None) -> int | None:
@@ -226,7 +251,6 @@ def obtain_prototypes(
 
     Prototypes fitted from a cache are left beside it, so that every run from it shares them, live or cached.
     """
-    own = run_dir / "prototypes.safetensors"
     fingerprint = {
         "teacher": cache.fingerprint["teacher"] if cache else teacher.fingerprint(),  # type: ignore[union-attr]
         "crops": config.crops().geometry_fingerprint(),
@@ -239,21 +263,17 @@ def obtain_prototypes(
             f"--teacher live: the teacher is not the one that {config.teacher.cache_path} was built with. "
             "Leave --cache_path out, or give the cache's teacher."
         )
+    own = run_dir / PROTOTYPES
     if ranks.is_main and not own.is_file():
-        shared = Path(config.teacher.cache_path) / own.name if config.teacher.cache_path else None
-        if shared and shared.is_file() and load_prototypes(shared).fingerprint == fingerprint:
-            write_atomic(own, shared.read_bytes())
-        else:
-            fitted = fit_prototypes(
-                token_stream(config, cache, teacher, ranks),
-                config.prototypes,
-                seed=config.data.data_seed,
-                fingerprint=fingerprint,
-                device=ranks.device,
-            )
-            save_prototypes(fitted, own)
-            if shared and not shared.is_file():
-                write_atomic(shared, own.read_bytes())
+        fit_or_share_prototypes(
+            lambda: token_stream(config, cache, teacher, ranks),
+            config.prototypes,
+            own=own,
+            shared=Path(config.teacher.cache_path) / PROTOTYPES if config.teacher.cache_path else None,
+            seed=config.data.data_seed,
+            fingerprint=fingerprint,
+            device=ranks.device,
+        )
     ranks.barrier()
     return load_prototypes(own, expect=fingerprint)
 
@@ -276,6 +296,8 @@ def token_stream(
         backend=config.data.backend,
         device=ranks.device,
         batch_size=config.optim.batch_size_per_gpu,
+        num_threads=config.data.num_threads,
+        hw_decoder_load=config.data.hw_decoder_load,
     ):
         yield teacher(batch.crops)
 
@@ -290,47 +312,26 @@ def restore(
         ema.model.load_state_dict(state["ema"], strict=True)
 
 
-def full_state(
-    step: DistillStep, optimizer: torch.optim.Optimizer, ema: StudentEma | None, loader: dict[str, Any]
-) -> dict[str, Any]:
-    """Return all that the next step depends on; the prototypes among the step's buffers included."""
-    return {
-        "model": step.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "ema": ema.model.state_dict() if ema is not None else None,
-        "loader": loader,
-    }
-
-
-def evaluate(
-    config: TrainConfig, student: torch.nn.Module, step: int, epoch: float, ranks: Ranks, log: MetricsLog
+def checkpoint(
+    writer: CheckpointWriter,
+    steps_taken: int,
+    step: DistillStep,
+    optimizer: torch.optim.Optimizer,
+    ema: StudentEma | None,
+    loader_state: Mapping[str, Any] | None,
+    log: MetricsLog,
 ) -> None:
-    """k-NN of the student on the validation shards; on the main rank, while the others wait."""
-    if ranks.is_main:
-        assert config.data.val_data_path is not None
-        bank_rows = min(load_manifest(config.data.data_path).num_rows, config.runtime.knn_max_rows)
-
-        def crops(shards: str, rows: int) -> Iterator[CenterCropBatch]:
-            return read_center_crops(
-                shards,
-                range(rows),
-                size=config.data.global_crops_size,
-                backend=config.data.backend,
-                device=ranks.device,
-                batch_size=config.optim.batch_size_per_gpu,
-            )
-
-        val_rows = load_manifest(config.data.val_data_path).num_rows
-        top1 = knn_top1(
-            student,
-            crops(config.data.data_path, bank_rows),
-            crops(config.data.val_data_path, val_rows),
-            normalise=normalise,
-            device=ranks.device,
+    """Write all that the next step depends on; the prototypes are among the step's buffers."""
+    with log.paused():
+        writer.save(
+            steps_taken,
+            {
+                "model": step.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "ema": ema.model.state_dict() if ema is not None else None,
+                "loader": loader_state,
+            },
         )
-        log.event(step, epoch=epoch, knn_top1=top1)
-        log.say(f"step {step}: k-NN {top1:.2f} %")
-    ranks.barrier()
 
 
 def describe_start(

@@ -15,6 +15,7 @@ import torch
 from timm.models.eva import Eva
 from torch import Tensor
 
+from distill.config import RuntimeConfig
 from distill.models import create_student
 from distill.run_folder import load_config
 from shards.atomic import remove_temporaries, write_atomic
@@ -47,22 +48,25 @@ class CheckpointWriter:
     makes the checkpoint exist, each whole or not at all.
     """
 
-    def __init__(self, run_dir: Path, *, keep_last: int, keep_every: int) -> None:
+    def __init__(self, run_dir: Path, config: RuntimeConfig, *, is_main: bool = True) -> None:
         self.folder = run_dir / "checkpoints"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        remove_temporaries(self.folder)
-        self._keep_last = keep_last
-        self._keep_every = keep_every
+        self._config = config
+        self._is_main = is_main
+        if is_main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            remove_temporaries(self.folder)
         self._stage = HostStage()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Stage `state` on the host and write it as the checkpoint of `step`.
+        """Stage `state` on the host and write it as the checkpoint of `step`; the main rank's alone is written.
 
         Raises:
             UserError: the previous checkpoint could not be written (disk full, say).
         """
+        if not self._is_main:
+            return
         self.wait()
         staged = self._stage.copy(state)
         self._thread = threading.Thread(target=self._write, args=(step, staged), name="checkpoint")
@@ -91,8 +95,8 @@ class CheckpointWriter:
             self._error = error
 
     def _remove_old(self) -> None:
-        for saved in list_checkpoints(self.folder.parent)[: -self._keep_last]:
-            if self._keep_every and saved.step % self._keep_every == 0:
+        for saved in list_checkpoints(self.folder.parent)[: -self._config.keep_checkpoints]:
+            if self._config.keep_every and saved.step % self._config.keep_every == 0:
                 continue
             saved.path.with_suffix(".json").unlink()
             saved.path.unlink(missing_ok=True)

@@ -196,6 +196,11 @@ class DataConfig:
     """Decoding threads per GPU."""
     on_bad_sample: Literal["raise", "skip"] = "raise"
     """What to do with a sample that fails to decode."""
+    skip_budget: float = 0.001
+    """Share of the samples that `skip` may replace before it is an error."""
+    hw_decoder_load: float = 0.0
+    """Share of the JPEGs that the GPU's hardware engine decodes with DALI: 0.0 or 1.0, a mix would make a crop
+    depend on its batch."""
 
 
 @dataclass(frozen=True)
@@ -223,7 +228,7 @@ class RuntimeConfig:
     checkpoint_every: int = 1000
     """Steps between two checkpoints."""
     keep_checkpoints: int = 3
-    """Newest checkpoints to keep."""
+    """Newest checkpoints to keep, 1 at least."""
     keep_every: int = 0
     """Also keep every checkpoint whose step is a multiple of this; 0 none."""
     knn_every_epochs: float = 10.0

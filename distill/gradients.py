@@ -11,36 +11,45 @@ from distill.microbatch import StepInputs
 from distill.step import DistillStep
 from shards.errors import UserError
 
-# Compiled and eager code differ by reassociated sums. fp32: about sqrt(tokens) * 2^-24 = 1e-5 a parameter, and
-# 100 times that where sums cancel. bf16: the same with 2^-9.
+# Compiled and eager fp32 code differ by reassociated sums: about sqrt(tokens) * 2^-24 = 1e-5 a parameter, and 100
+# times that where sums cancel.
 FP32_TOLERANCE = 1e-3
-BF16_TOLERANCE = 5e-2
+# Under autocast both are off from the fp32 gradient by bf16's rounding, each in its own way: eager code rounds
+# after every operation, compiled code after every kernel. 2^-9 over some ten roundings, and three times what the
+# eager step is off for the parameter itself. The faults to be found are errors of 100 % and more.
+BF16_TOLERANCE = 2e-2
+EAGER_FACTOR = 3.0
 _MEASURED_IMAGES = 16
 
 
 def check_compiled_gradients(
     step: DistillStep, inputs: StepInputs, scalars: Sequence[Tensor], *, autocast: bool
 ) -> None:
-    """Compare the compiled step's gradients with the eager step's, per parameter, on one batch.
+    """Compare the compiled step's gradients with the eager step's in fp32, per parameter, on one batch.
 
     The optimizer's gradients are left empty. KoLeo takes part with its scheduled weight, 0 at the first step.
 
     Raises:
-        UserError: some parameter's gradients differ by more than the tolerance; the message names the worst.
+        UserError: some parameter's gradient is off by more than its limit; the message names the worst.
     """
     compiled = _gradients(step, step, inputs, scalars)
     eager = _gradients(step, step.forward, inputs, scalars)
-    tolerance = BF16_TOLERANCE if autocast else FP32_TOLERANCE
+    step.autocast = False
+    exact = _gradients(step, step.forward, inputs, scalars) if autocast else eager
+    step.autocast = autocast
     # A parameter whose gradient is rounding noise has no relative error worth the name.
-    floor = 1e-6 * max(g.norm().item() for g in eager.values())
-    errors = {
-        name: ((compiled[name] - eager[name]).norm() / (eager[name].norm() + floor)).item() for name in eager
-    }
-    worst = max(errors, key=lambda name: errors[name])
-    if not errors[worst] <= tolerance:
+    floor = 1e-6 * max(g.norm().item() for g in exact.values())
+    tolerance = BF16_TOLERANCE if autocast else FP32_TOLERANCE
+    excess = {}
+    for name, gradient in exact.items():
+        scale = gradient.norm() + floor
+        error, allowed = ((g[name] - gradient).norm() / scale for g in (compiled, eager))
+        excess[name] = (error / (tolerance + EAGER_FACTOR * allowed)).item(), error.item()
+    worst = max(excess, key=lambda name: excess[name])
+    if not excess[worst][0] <= 1:
         raise UserError(
-            f"--check_compile: the compiled gradient of {worst} is off by {errors[worst]:.2g} (limit {tolerance:g}) "
-            f"with torch {torch.__version__}. Train with --no-compile, or with another version of torch."
+            f"--check_compile: the compiled gradient of {worst} is off by {excess[worst][1]:.2g} "
+            f"with torch {torch.__version__}. Train with --no_compile, or with another version of torch."
         )
 
 

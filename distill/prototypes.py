@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from shards.atomic import write_atomic
 from shards.errors import UserError
 
 FORMAT_VERSION = 1
+PROTOTYPES = "prototypes.safetensors"
 _ASSIGN_CHUNK = 8192
 # 2 tokens of 2 crops of 131,072 images are 32 a prototype, and 2 GB at width 1024.
 _PATCHES_PER_CROP = 2
@@ -150,6 +151,32 @@ def load_prototypes(path: Path, *, expect: dict[str, Any] | None = None) -> Prot
         bank.load_state_dict({key: tensors[f"{name}.{key}"] for key in bank.state_dict()})
         banks.append(bank)
     return Prototypes(banks[0], banks[1], fingerprint)
+
+
+def fit_or_share_prototypes(
+    stream: Callable[[], Iterable[TeacherTargets]],
+    config: PrototypeConfig,
+    *,
+    own: Path,
+    shared: Path | None,
+    seed: int,
+    fingerprint: dict[str, Any],
+    device: torch.device,
+) -> None:
+    """Write a run's prototypes: those of `shared` where they are of this fingerprint, else newly fitted ones.
+
+    Args:
+        stream: gives the teacher's tokens, if they are needed.
+        config: see `fit_prototypes`, like `seed`, `fingerprint` and `device`.
+        own: the run's file.
+        shared: a file beside a cache, written where there is none, so that later runs from the cache share it.
+    """
+    if shared and shared.is_file() and load_prototypes(shared).fingerprint == fingerprint:
+        write_atomic(own, shared.read_bytes())
+        return
+    save_prototypes(fit_prototypes(stream(), config, seed=seed, fingerprint=fingerprint, device=device), own)
+    if shared and not shared.is_file():
+        write_atomic(shared, own.read_bytes())
 
 
 def spherical_kmeans(

@@ -12,7 +12,7 @@ from shards.errors import UserError
 # Where and how a run executes, not what it computes: these may change between two starts of one run.
 FREE_SETTINGS = frozenset(
     {
-        "data_path", "val_data_path", "cache_path", "num_threads", "on_bad_sample", "batch_size_per_gpu",
+        "data_path", "val_data_path", "cache_path", "num_threads", "on_bad_sample", "skip_budget", "batch_size_per_gpu",
         "output_dir", "device", "compile", "compile_backend", "check_compile", "log_every",
         "term_gradients_every", "checkpoint_every", "keep_checkpoints", "keep_every", "knn_every_epochs",
         "knn_max_rows", "tensorboard",

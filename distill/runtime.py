@@ -123,6 +123,8 @@ def configure_torch(config: RuntimeConfig, device: torch.device) -> bool:
         if hasattr(inductor_config.triton, "mix_order_reduction"):
             inductor_config.triton.mix_order_reduction = False
     gc.freeze()
+    # A feeder thread shares this process with a loop that is busy in Python; the default of 5 ms starves it.
+    sys.setswitchinterval(1e-3)
     return config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
 
 

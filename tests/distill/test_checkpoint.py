@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from distill.checkpoint import CheckpointWriter, list_checkpoints, load_newest, load_student
-from distill.config import StudentConfig, TrainConfig
+from distill.config import RuntimeConfig, StudentConfig, TrainConfig
 from distill.optim import StudentEma
 from distill.run_folder import write_or_check_config
 from distill.step import DistillStep
@@ -24,7 +24,7 @@ def state(value: float) -> dict[str, Any]:
 
 
 def write(run: Path, steps: list[int], *, keep_last: int = 10, keep_every: int = 0) -> None:
-    writer = CheckpointWriter(run, keep_last=keep_last, keep_every=keep_every)
+    writer = CheckpointWriter(run, RuntimeConfig(keep_checkpoints=keep_last, keep_every=keep_every))
     for step in steps:
         writer.save(step, state(step))
     writer.wait()
@@ -40,7 +40,7 @@ def test_the_newest_checkpoint_comes_back_to_the_bit(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_is_of_the_moment_it_was_asked_for(tmp_path: Path) -> None:
-    writer = CheckpointWriter(tmp_path, keep_last=2, keep_every=0)
+    writer = CheckpointWriter(tmp_path, RuntimeConfig(keep_checkpoints=2, keep_every=0))
     live = state(1.0)
     writer.save(1, live)
     live["model"]["w"].fill_(2.0)
@@ -91,13 +91,13 @@ def test_a_full_disk_is_reported_and_earlier_checkpoints_stay(tmp_path: Path, mo
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device")
 
-    writer = CheckpointWriter(tmp_path, keep_last=1, keep_every=0)
+    writer = CheckpointWriter(tmp_path, RuntimeConfig(keep_checkpoints=1, keep_every=0))
     monkeypatch.setattr(torch, "save", full)
     writer.save(2, state(2.0))
     with pytest.raises(UserError, match="the disk is full"):
         writer.wait()
     assert load_newest(tmp_path)[0] == 1
-    CheckpointWriter(tmp_path, keep_last=1, keep_every=0)
+    CheckpointWriter(tmp_path, RuntimeConfig(keep_checkpoints=1, keep_every=0))
     assert not list((tmp_path / "checkpoints").glob("*.tmp*"))
 
 
@@ -111,7 +111,7 @@ def test_the_student_of_a_run_is_its_ema_or_its_weights(
         step.student.norm.bias.add_(1.0)
     config = TrainConfig(student=student_config)
     write_or_check_config(config, tmp_path)
-    writer = CheckpointWriter(tmp_path, keep_last=1, keep_every=0)
+    writer = CheckpointWriter(tmp_path, RuntimeConfig(keep_checkpoints=1, keep_every=0))
     writer.save(7, {"model": step.state_dict(), "ema": ema.model.state_dict(), "loader": {}})
     writer.wait()
     model, meta = load_student(tmp_path, use_ema=use_ema)

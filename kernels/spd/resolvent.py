@@ -90,14 +90,19 @@ def scaled_resolvents(matrices: Tensor, rational: RationalLog) -> Tensor:
     failed = (info != 0)[..., None, None]
     identity = torch.eye(n, dtype=matrices.dtype, device=matrices.device)
     factors = torch.where(failed, identity, factors)
-    if matrices.device.type == "cpu":
-        inverses = torch.cholesky_inverse(factors)
-    else:  # torch's batched cholesky_inverse is a host loop on CUDA; the triangular solve is not
-        halves = torch.linalg.solve_triangular(factors, identity.expand_as(factors), upper=False)
-        inverses = halves.mT @ halves
+    # torch's batched cholesky_inverse is a host loop on CUDA; a triangular solve is not.
+    on_cpu = matrices.device.type == "cpu"
+    inverses = torch.cholesky_inverse(factors) if on_cpu else inverse_by_solve(factors)
     for j, residue in enumerate(rational.residues):
         inverses[:, j] *= residue**0.5
     return inverses.masked_fill_(failed, torch.nan)
+
+
+def inverse_by_solve(factors: Tensor) -> Tensor:
+    """(L L^T)^-1 = L^-T L^-1 from lower Cholesky factors [..., n, n]."""
+    identity = torch.eye(factors.shape[-1], dtype=factors.dtype, device=factors.device)
+    halves = torch.linalg.solve_triangular(factors, identity.expand_as(factors), upper=False)
+    return halves.mT @ halves
 
 
 def _weighted_log(inverses: Tensor, rational: RationalLog) -> Tensor:

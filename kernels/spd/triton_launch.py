@@ -1,4 +1,4 @@
-"""Launches of the Triton kernels: where they run, their scratch, their tile sizes. Triton is imported here only."""
+"""Launches of the Triton kernels: where they run, their scratch, their tile sizes. Triton is imported at the first."""
 
 from __future__ import annotations
 

@@ -1,6 +1,9 @@
 """The automatic backend follows measured rows, and the solver says where torch would loop."""
 
 import logging
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -116,8 +119,26 @@ def test_batched_eigh_on_the_cpu_is_torchs(monkeypatch):
     assert torch.equal(vectors.abs(), torch.eye(3)[[1, 2, 0]].T[None])
 
 
+def test_loss_runs_where_triton_is_not_installed():
+    program = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch; from kernels.spd import log_euclidean_loss\n"
+        "for backend in ('eigh', 'resolvent'):\n"
+        "    tokens = torch.eye(4)[None].requires_grad_()\n"
+        "    loss = log_euclidean_loss(tokens, torch.zeros(1, 4, 4), backend=backend)\n"
+        "    loss.backward()\n"
+        "    print(f'{loss.item():.4f}')\n"
+    )
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program], cwd=root, capture_output=True, text=True, check=False
+    )
+    # log(2 I) has squared norm 4 log(2)^2, over n = 4.
+    assert done.stdout.split() == ["0.4805", "0.4805"], done.stderr
+
+
 def test_absent_cupy_is_no_error(monkeypatch):
     solver.cupy_eigh_available.cache_clear()
-    monkeypatch.setitem(__import__("sys").modules, "cupy", None)
+    monkeypatch.setitem(sys.modules, "cupy", None)
     assert solver.cupy_eigh_available() is False
     solver.cupy_eigh_available.cache_clear()

@@ -83,6 +83,16 @@ def test_gradient_of_logm_is_the_gradient_of_the_loss(spd_case, backend, kind):
 
 
 @pytest.mark.parametrize("backend", ["eigh", "resolvent"])
+def test_only_the_symmetric_part_of_an_incoming_gradient_counts(spd_case, backend):
+    case = spd_case("random", 36)
+    incoming = torch.randn(2, 36, 36, generator=torch.Generator().manual_seed(0))
+    found = logm_backward_op(case.matrices, incoming, 1.0, backend)
+    assert torch.equal(found, logm_backward_op(case.matrices, 0.5 * (incoming + incoming.mT), 1.0, backend))
+    # A symmetric matrix moves in symmetric directions, so its gradient is symmetric: to rounding.
+    assert frobenius(found - found.mT) <= 2.0**-24 * 36 * frobenius(incoming)
+
+
+@pytest.mark.parametrize("backend", ["eigh", "resolvent"])
 @pytest.mark.parametrize("kind", ["random", "duplicates", "rank_deficient"])
 def test_gradcheck_in_float64(spd_tokens, backend, kind):
     tokens = spd_tokens(kind, 9)[:, :, :6].contiguous().requires_grad_()

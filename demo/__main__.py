@@ -86,6 +86,7 @@ def crops() -> Augmentation:
         patch_size=PATCH_SIZE,
         global_crops_size=int(values["global_crops_size"][0]),
         global_crops_scale=(values["global_crops_scale"][0], values["global_crops_scale"][1]),
+        num_local_crops=int(values["local_crops_number"][0]),
         local_crops_size=int(values["local_crops_size"][0]),
         local_crops_scale=(values["local_crops_scale"][0], values["local_crops_scale"][1]),
         mask_patch_size=int(values["mask_patch_size"][0]),

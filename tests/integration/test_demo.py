@@ -61,7 +61,8 @@ def test_no_scan_is_in_both_train_and_val_and_the_same_seed_gives_the_same_bytes
 def test_the_demos_crops_are_those_that_its_flags_ask_for() -> None:
     augmentation = crops()
     assert (augmentation.global_crops_size, augmentation.local_crops_size, augmentation.patch_size) == (48, 24, 8)
-    assert (augmentation.global_crops_scale, augmentation.local_crops_scale) == ((0.5, 1.0), (0.15, 0.5))
+    assert (augmentation.global_crops_scale, augmentation.local_crops_scale) == ((0.5, 1.0), (0.3, 0.7))
+    assert augmentation.num_local_crops == 4
     assert (augmentation.flip_prob, augmentation.mask_patch_size) == (0.0, 8)
 
 

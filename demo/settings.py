@@ -10,8 +10,8 @@ from typing import Literal
 _CROPS = "--global_crops_size 48 --global_crops_scale 0.5 1.0 --flip_prob 0"
 _STUDENT = """--patch_size 8 --embed_dim 64 --depth 3 --num_heads 2 --layer_scale 0.1
     --local_crops_number 4 --local_crops_size 24 --local_crops_scale 0.3 0.7 --mask_patch_size 8"""
-_TRAIN = """--batch_size_per_gpu 48 --lr 16e-3 --patch_embed_lr_scale 1 --warmup_epochs 0.5
-    --ema_momentum 0.98 --koleo_warmup_steps 100 --num_prototypes 256 --teacher_temp calibrated --no_compile --num_threads 2
+_TRAIN = """--batch_size_per_gpu 48 --lr 16e-3 --patch_embed_lr_scale 1 --warmup_epochs 0.5 --ema_momentum 0.98
+    --koleo_warmup_steps 100 --num_prototypes 256 --teacher_temp calibrated --no_compile --num_threads 2
     --log_every 20 --checkpoint_every 50 --knn_every_epochs 1 --knn_max_rows 2000 --term_gradients_every 100"""
 CROP_FLAGS, STUDENT_FLAGS, TRAIN_FLAGS = _CROPS.split(), _STUDENT.split(), _TRAIN.split()
 VIEW_SETS = 2

@@ -14,7 +14,7 @@ from PIL import Image
 
 import probe
 from distill.checkpoint import CheckpointWriter
-from distill.config import DataConfig, StudentConfig, TeacherConfig, TrainConfig
+from distill.config import DataConfig, RuntimeConfig, StudentConfig, TeacherConfig, TrainConfig
 from distill.evaluation.sources import SourceContext, load_source
 from distill.export import ExportArgs, export_model, export_run
 from distill.model_card import Card
@@ -66,7 +66,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Fixture:
     run.mkdir()
     (run / "config.json").write_text(config.to_json())
     weights = {f"student.{name}": value for name, value in create_student(STUDENT, seed=77).state_dict().items()}
-    writer = CheckpointWriter(run, keep_last=1, keep_every=0)
+    writer = CheckpointWriter(run, RuntimeConfig(keep_checkpoints=1))
     writer.save(30, {"model": weights, "ema": None})
     writer.wait()
     (run / "metrics.jsonl").write_text('{"step": 10, "epoch": 0.5, "loss": 2.0, "knn_top1": 40.0}\n')

@@ -29,9 +29,9 @@ class DemoConfig:
     """Training images of each scan."""
     val_per_scan: int = 2
     """Validation images of each scan."""
-    teacher_steps: int = 600
+    teacher_steps: int = 500
     """Steps of the teacher's training, 64 images each."""
-    steps: int = 800
+    steps: int = 640
     """Steps of the student's distillation, 48 images each."""
     seed: int = 0
     """Seed of the images, of both networks and of all crops."""

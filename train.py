@@ -362,6 +362,15 @@ def main() -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except torch.OutOfMemoryError as error:
+        half = max(config.optim.batch_size_per_gpu // 2, 1)
+        print(
+            f"error: out of GPU memory at --batch_size_per_gpu {config.optim.batch_size_per_gpu} "
+            f"({str(error).splitlines()[0]}). Try --batch_size_per_gpu {half}, or keep the global batch with "
+            f"--accumulation_steps {2 * config.optim.accumulation_steps}. The run resumes from its last checkpoint.",
+            file=sys.stderr,
+        )
+        return 2
     return 0
 
 

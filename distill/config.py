@@ -253,6 +253,25 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
+    def __post_init__(self) -> None:
+        optim, runtime = self.optim, self.runtime
+        _require(optim.batch_size_per_gpu >= 1, "batch_size_per_gpu", optim.batch_size_per_gpu, "1 or more")
+        _require(
+            optim.accumulation_steps >= 1 and optim.batch_size_per_gpu % optim.accumulation_steps == 0,
+            "accumulation_steps",
+            optim.accumulation_steps,
+            f"a divisor of batch_size_per_gpu {optim.batch_size_per_gpu}",
+        )
+        _require(optim.max_steps is None or optim.max_steps >= 1, "max_steps", optim.max_steps, "1 or more")
+        _require(optim.epochs > 0, "epochs", optim.epochs, "more than 0")
+        _require(runtime.log_every >= 1, "log_every", runtime.log_every, "1 or more")
+        _require(runtime.keep_checkpoints >= 1, "keep_checkpoints", runtime.keep_checkpoints, "1 or more")
+        prototypes = self.prototypes
+        _require(prototypes.num_prototypes >= 2, "num_prototypes", prototypes.num_prototypes, "2 or more")
+        _require(
+            0 < prototypes.target_top1_mass < 1, "target_top1_mass", prototypes.target_top1_mass, "between 0 and 1"
+        )
+
     def crops(self) -> Augmentation:
         """Return the crop plan's parameters: the preset with this run's sizes, scales and masks."""
         data = self.data
@@ -288,6 +307,11 @@ class TrainConfig:
     def from_json(text: str) -> TrainConfig:
         """Read what `to_json` wrote. Fields that are absent keep their defaults; unknown ones are an error."""
         return _from_dict(TrainConfig, json.loads(text), "config.json")
+
+
+def _require(holds: bool, name: str, value: object, allowed: str) -> None:
+    if not holds:
+        raise UserError(f"--{name} {value}: it must be {allowed}. Change --{name}.")
 
 
 def _from_dict(cls: Any, values: dict[str, Any], where: str) -> Any:

@@ -170,6 +170,7 @@ class StepGuard:
         self._run_dir = run_dir
         self._seed = seed
         self._flags = torch.zeros(2, device=ranks.device)
+        self._stop = False
         self._pending: deque[tuple[int, MultiCropBatch, Tensor, torch.cuda.Event | None]] = deque()
 
     def submit(self, step: int, batch: MultiCropBatch, found_inf: Tensor, stop: bool) -> Tensor:
@@ -189,13 +190,15 @@ class StepGuard:
         return self._flags[0]
 
     def should_stop(self, *, drain: bool = False) -> bool:
-        """Return whether some rank was asked to stop.
+        """Return whether some rank was asked to stop; once true, it stays so.
+
+        Args:
+            drain: wait for the flags of every step submitted, the last one's too.
 
         Raises:
             UserError: a step was not finite. Its sample ids are in the replay file that the message names.
         """
         keep = 0 if drain or self._ranks.device.type == "cpu" else 1
-        stop = False
         while len(self._pending) > keep:
             step, batch, flags, event = self._pending.popleft()
             if event is not None:
@@ -203,8 +206,8 @@ class StepGuard:
             not_finite, asked = flags.tolist()
             if not_finite:
                 self._report(step, batch)
-            stop = stop or bool(asked)
-        return stop
+            self._stop = self._stop or bool(asked)
+        return self._stop
 
     def _report(self, step: int, batch: MultiCropBatch) -> None:
         folder = self._run_dir / "replay"

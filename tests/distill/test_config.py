@@ -106,3 +106,26 @@ def test_step_seeds_differ_by_seed_step_and_rank() -> None:
     seeds = {step_seed(a, b, c) for a in range(5) for b in range(50) for c in range(8)}
     assert len(seeds) == 5 * 50 * 8
     assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--accumulation_steps", "3"], "a divisor of batch_size_per_gpu 64"),
+        (["--batch_size_per_gpu", "0"], "--batch_size_per_gpu 0: it must be 1 or more"),
+        (["--max_steps", "0"], "--max_steps 0"),
+        (["--epochs", "0"], "--epochs 0"),
+        (["--log_every", "0"], "--log_every 0"),
+        (["--keep_checkpoints", "0"], "--keep_checkpoints 0"),
+        (["--num_prototypes", "1"], "--num_prototypes 1"),
+        (["--target_top1_mass", "1"], "--target_top1_mass 1"),
+    ],
+)
+def test_settings_out_of_their_range_are_named(
+    flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse_config(flags)
+    assert stop.value.code == 2
+    shown = " ".join(capsys.readouterr().err.replace("│", " ").split())  # the message stands in a box
+    assert message in shown

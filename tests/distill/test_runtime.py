@@ -51,6 +51,7 @@ def test_a_stop_request_is_seen_once_it_was_shared(tmp_path: Path) -> None:
     guard = StepGuard(ALONE, tmp_path, seed=0)
     guard.submit(1, batch_of([1]), torch.tensor(0.0), stop=True)
     assert guard.should_stop() is True
+    assert guard.should_stop(drain=True) is True
 
 
 def test_signals_are_remembered_and_a_second_interrupt_interrupts() -> None:

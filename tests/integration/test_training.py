@@ -154,7 +154,8 @@ def wait_for_step(run: Path, step: int) -> None:
 def test_a_run_killed_with_sigkill_and_one_ended_by_sigterm_end_as_the_unbroken_run(
     workplace: Workplace, run_here: Run, tmp_path: Path
 ) -> None:
-    flags = ("--cache_path", workplace.cache, "--checkpoint_every", 4, "--max_steps", 30)
+    last = 60
+    flags = ("--cache_path", workplace.cache, "--checkpoint_every", 4, "--max_steps", last)
     run_here(workplace.flags(tmp_path / "whole", *flags))
     broken = workplace.flags(tmp_path / "broken", *flags)
 
@@ -172,8 +173,8 @@ def test_a_run_killed_with_sigkill_and_one_ended_by_sigterm_end_as_the_unbroken_
     output, _ = ended.communicate(timeout=120)
     assert ended.returncode == 0, output
     stopped_at = load_newest(tmp_path / "broken")[0]
-    if stopped_at < 30:
-        assert f"stopped by SIGTERM at step {stopped_at}" in output
+    assert kept < stopped_at < last
+    assert f"stopped by SIGTERM at step {stopped_at}" in output
     run_here(broken)
     assert_same_state(tmp_path / "whole", tmp_path / "broken")
 
@@ -290,3 +291,15 @@ def test_lines_of_a_run_are_readable_while_it_runs(workplace: Workplace, run_her
 def _weights(line: dict[str, Any]) -> dict[str, float]:
     """Default weights, with KoLeo's warm-up over 4 steps."""
     return {"dino": 1, "ibot": 1, "koleo": 0.1 * (line["step"] - 1) / 4, "cls": 1, "spd": 1}
+
+
+def test_running_out_of_gpu_memory_names_the_batch_to_try(
+    workplace: Workplace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def exhausted(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(train, "train", exhausted)
+    monkeypatch.setattr(sys, "argv", ["train.py", *workplace.flags(tmp_path, "--batch_size_per_gpu", 16)])
+    assert train.main() == 2
+    assert "Try --batch_size_per_gpu 8, or keep the global batch with --accumulation_steps 2" in capsys.readouterr().err

@@ -56,7 +56,7 @@ def _add_pack(parser: argparse.ArgumentParser) -> None:
     _flag(parser, "split", help="split of a folder of parquet files")
     _flag(parser, "image-column", default="image", help="of parquet files (%(default)s)")
     _flag(parser, "label-column", default="label", help="of parquet files (%(default)s)")
-    _flag(parser, "keep-warned", action="store_true", help="re-encode JPEGs that decode with a warning")
+    _flag(parser, "keep-warned", action="store_true", help="pack JPEGs whose picture the decoder warns of, re-encoded")
     _flag(parser, "skip-unreadable", action="store_true", help="quarantine files that cannot be read")
 
 

@@ -40,7 +40,8 @@ class RowFlag(enum.IntFlag):
     ROTATED = 512  # an EXIF orientation was applied to the pixels
     DOWNSCALED = 1024  # stored at 1/2, 1/4 or 1/8 of the size, being over the limit
     EOI_ADDED = 2048  # only the end-of-image marker was missing; it was appended
-    WARNED = 4096  # the decoder warned; kept by request, as decoded
+    WARNED = 4096  # the decoder warned of the picture; kept by request, damage may show
+    MENDED = 8192  # stray bytes or padding outside the picture, or a JFIF revision, of which the decoder warned
 
 
 @dataclass(frozen=True)

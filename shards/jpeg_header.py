@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 SOI, EOI = b"\xff\xd8", b"\xff\xd9"
@@ -20,6 +21,8 @@ _STANDALONE = {0x01, *range(0xD0, 0xD8)}  # markers without a length
 _NOT_FRAMES = {0xC4, 0xC8, 0xCC}  # DHT, JPG, DAC lie in the range of the frame markers
 _SOS, _APP0, _APP1, _APP14 = 0xDA, 0xE0, 0xE1, 0xEE
 _ORIENTATION_TAG, _SHORT = 0x0112, 3
+_JFIF, _KNOWN_REVISION = b"JFIF\0", b"\x01\x01"
+_KEPT_PADDING = 4
 
 
 @dataclass(frozen=True)
@@ -59,39 +62,85 @@ class JpegHeader:
         return self.jfif or self.adobe_transform == 1 or self.component_ids != (0x52, 0x47, 0x42)
 
 
+@dataclass(frozen=True)
+class _Segment:
+    """A marker's place in a JPEG: of the 0xFF before its second byte, of its body, and of what follows."""
+
+    marker: int
+    start: int
+    body: int
+    end: int
+
+
+def _segments(data: bytes) -> Iterator[_Segment]:
+    """Yield the marker segments up to the first scan's, as decoders find them: past bytes that belong to none.
+
+    Raises:
+        ValueError: the bytes end, or a segment passes their end, before the first scan.
+    """
+    position = 2
+    while True:
+        start = data.find(b"\xff", position)
+        while data[start : start + 2] == b"\xff\xff":  # fill bytes
+            start += 1
+        if start < 0 or len(data) < start + 4:
+            raise ValueError("no scan")
+        marker, length = data[start + 1], int.from_bytes(data[start + 2 : start + 4], "big")
+        position = start + 2
+        if marker == 0 or marker in _STANDALONE:
+            continue
+        position += length
+        if length < 2 or position > len(data):
+            raise ValueError(f"the segment at byte {start} is cut")
+        yield _Segment(marker, start, start + 4, position)
+        if marker == _SOS:
+            return
+
+
 def parse_jpeg_header(data: bytes) -> JpegHeader | None:
     """Read the markers up to the first scan; None where they are not well formed."""
     frame: tuple[int, int, int, int, tuple[int, ...]] | None = None
     adobe_transform, jfif, orientation = None, False, 1
-    position = 2
-    while True:
-        while data[position : position + 2] == b"\xff\xff":  # fill bytes
-            position += 1
-        if len(data) < position + 4 or data[position] != 0xFF:
-            return None
-        marker = data[position + 1]
-        if marker in _STANDALONE:
-            position += 2
-            continue
-        length = int.from_bytes(data[position + 2 : position + 4], "big")
-        body = data[position + 4 : position + 2 + length]
-        if length < 2 or len(body) != length - 2:
-            return None
-        if marker == _SOS:
-            if frame is None:
-                return None
-            return JpegHeader(*frame, adobe_transform, jfif, orientation)
-        if 0xC0 <= marker <= 0xCF and marker not in _NOT_FRAMES:
-            frame = _parse_frame(marker, body)
-            if frame is None:
-                return None
-        elif marker == _APP0 and body.startswith(b"JFIF\0"):
-            jfif = True
-        elif marker == _APP14 and body.startswith(b"Adobe") and len(body) >= 12:
-            adobe_transform = body[11]
-        elif marker == _APP1 and body.startswith(b"Exif\0"):
-            orientation = _exif_orientation(body[6:])
-        position += 2 + length
+    try:
+        for segment in _segments(data):
+            marker, body = segment.marker, data[segment.body : segment.end]
+            if 0xC0 <= marker <= 0xCF and marker not in _NOT_FRAMES:
+                frame = _parse_frame(marker, body)
+                if frame is None:
+                    return None
+            elif marker == _APP0 and body.startswith(_JFIF):
+                jfif = True
+            elif marker == _APP14 and body.startswith(b"Adobe") and len(body) >= 12:
+                adobe_transform = body[11]
+            elif marker == _APP1 and body.startswith(b"Exif\0"):
+                orientation = _exif_orientation(body[6:])
+    except ValueError:
+        return None
+    return JpegHeader(*frame, adobe_transform, jfif, orientation) if frame else None
+
+
+def without_harmless_faults(data: bytes) -> bytes:
+    """Return a JPEG of the same picture without the faults that decoders warn of and that cannot touch a pixel.
+
+    These are bytes between the segments before the first scan, a JFIF revision that no decoder knows, and
+    padding before the end mark: one byte value, repeated. Where there is none of them, the bytes are the same.
+
+    Raises:
+        ValueError: the markers are not well formed.
+    """
+    parts, scan = [SOI], 0
+    for segment in _segments(data):
+        whole = data[segment.start : segment.end]
+        if segment.marker == _APP0 and data.startswith(_JFIF, segment.body) and len(whole) >= 11:
+            whole = whole[:9] + _KNOWN_REVISION + whole[11:]
+        parts.append(whole)
+        scan = segment.end
+    if not data.endswith(EOI):
+        return b"".join([*parts, data[scan:]])
+    picture = data[scan : -len(EOI)]
+    padding = len(picture) - len(picture.rstrip(picture[-1:]))
+    # The last bytes of a picture may equal its padding. Decoders read up to 7 bytes ahead without a warning.
+    return b"".join([*parts, picture[: len(picture) - max(0, padding - _KEPT_PADDING)], EOI])
 
 
 def _parse_frame(marker: int, body: bytes) -> tuple[int, int, int, int, tuple[int, ...]] | None:

@@ -32,7 +32,7 @@ from shards.index import write_index
 from shards.listing import Listing, write_listing
 from shards.lock import only_packer
 from shards.sanitize import policy_fields
-from shards.shard_writer import ShardRecord, ShardSettings, file_sha256, merged_columns, read_record
+from shards.shard_writer import WARNED_COUNT, ShardRecord, ShardSettings, file_sha256, merged_columns, read_record
 from shards.sources.base import Source
 from shards.sources.recognise import SourceOptions, recognise
 from shards.workers import LISTING_FOLDER, RECORDS_FOLDER, PackJob, finish_shards
@@ -319,7 +319,7 @@ def summary(manifest: Manifest, output: Path, seconds: float) -> str:
     """Return the closing lines of a packing: what was packed, changed and left out."""
     total = sum(shard.bytes for shard in manifest.shards)
     counts = dict(manifest.counts)
-    quarantined = counts.pop("quarantined")
+    quarantined, warned = counts.pop("quarantined"), counts.pop(WARNED_COUNT, 0)
     details = ", ".join(f"{name} {count}" for name, count in counts.items())
     lines = [
         f"{output}: {manifest.num_rows} images of {manifest.num_classes} classes in {len(manifest.shards)} "
@@ -327,5 +327,10 @@ def summary(manifest: Manifest, output: Path, seconds: float) -> str:
     ]
     if quarantined:
         lines.append(f"Left out, with reasons: {output / QUARANTINE_NAME}")
+    if warned:
+        lines.append(
+            f"Of these, {warned} are JPEGs that Pillow reads without a word, some whole, some smeared or half. "
+            "To have them all the same, pack into a new folder with --keep-warned."
+        )
     return "\n".join(lines)
 

@@ -22,6 +22,7 @@ from shards.jpeg_header import (
     SOI,
     JpegHeader,
     parse_jpeg_header,
+    without_harmless_faults,
 )
 
 MAX_SIDE = 32767  # heights and widths travel in 15 bits of the crop specs
@@ -42,6 +43,14 @@ class ImageRejected(ValueError):
     """An image that cannot be stored; the message is the reason."""
 
 
+class ImageWarned(ImageRejected):
+    """A JPEG that shows a picture, but of which the decoder warns as it does of damage."""
+
+
+class _UnusualSampling(ValueError):
+    """A JPEG that libjpeg, and so Pillow, reads, and turbojpeg has no name for."""
+
+
 @dataclass(frozen=True)
 class StoredImage:
     """What goes into a shard: the JPEG, its size in pixels, its flags and what it was re-encoded from."""
@@ -56,7 +65,7 @@ class StoredImage:
 def policy_fields(*, keep_warned: bool) -> dict[str, Any]:
     """Return what decides the stored bytes, for the manifest: the limits, the quality, the versions."""
     return {
-        "version": 1,
+        "version": 2,
         "max_side": MAX_SIDE,
         "max_pixels": MAX_PIXELS,
         "max_file_bytes": MAX_FILE_BYTES,
@@ -71,12 +80,13 @@ def sanitise(data: bytes, *, keep_warned: bool = False) -> StoredImage:
     """Return what to store for the bytes of an image file.
 
     An 8-bit baseline or progressive gray or YCbCr JPEG of orientation 1 that decodes without a warning is
-    kept byte for byte. Whatever else decodes cleanly is re-encoded as an RGB JPEG.
+    kept byte for byte. Whatever else decodes cleanly is re-encoded as an RGB JPEG, and so is a JPEG whose
+    only faults cannot touch its picture.
 
     Args:
         data: the file's bytes.
-        keep_warned: re-encode a JPEG about which the decoder only warns, as Pillow reads it, instead of
-            rejecting it. Damaged pixels may enter.
+        keep_warned: re-encode a JPEG about whose picture the decoder only warns, as Pillow reads it, instead
+            of rejecting it. Damaged pixels may enter.
 
     Raises:
         ImageRejected: the bytes are no image, are damaged, or are too large.
@@ -97,19 +107,20 @@ def sanitise(data: bytes, *, keep_warned: bool = False) -> StoredImage:
 def _sanitise_jpeg(data: bytes, header: JpegHeader, keep_warned: bool) -> StoredImage:
     factor = _scale_factor(header.height, header.width)
     try:
-        simplejpeg.decode_jpeg_header(data, strict=True)
-    except ValueError as error:
-        if _UNNAMED_SAMPLING not in str(error):
-            raise ImageRejected(f"damaged JPEG: {error}") from error
-        # libjpeg, and so Pillow, reads what turbojpeg has no name for.
+        data, flags = _whole_jpeg(data, header)
+    except _UnusualSampling:
         return _encode(_decode_by_pillow(data, header, factor), "JPEG of unusual sampling")
-    try:
-        data, flags = _check_entropy_coding(data, header)
     except ValueError as error:
-        if not keep_warned:
+        try:
+            pixels = _decode_by_pillow(data, header, factor)
+        except ImageRejected:
             raise ImageRejected(f"damaged JPEG: {error}") from error
-        return _encode(_decode_by_pillow(data, header, factor), "JPEG with a warning", RowFlag.WARNED)
+        if not keep_warned:
+            raise ImageWarned(f"damaged JPEG: {error}") from error
+        return _encode(pixels, "JPEG with a warning", RowFlag.WARNED)
     origin = _reason_to_reencode(header, factor)
+    if not origin and RowFlag.MENDED in flags:
+        origin = "JPEG with a harmless fault"
     if origin:
         if header.orientation != 1:
             flags |= RowFlag.ROTATED
@@ -138,6 +149,24 @@ def _reason_to_reencode(header: JpegHeader, factor: int) -> str:
     return "JPEG over the size limit" if factor != 1 else ""
 
 
+def _whole_jpeg(data: bytes, header: JpegHeader) -> tuple[bytes, RowFlag]:
+    """Return a JPEG that decodes without a warning: the bytes themselves, or freed of harmless faults.
+
+    Raises:
+        ValueError: the decoder warned of something else, or failed; the message is its own.
+    """
+    try:
+        return _check_entropy_coding(data, header)
+    except _UnusualSampling:
+        raise
+    except ValueError as error:
+        try:
+            mended, flags = _check_entropy_coding(without_harmless_faults(data), header)
+        except ValueError:
+            raise error from None
+        return mended, flags | RowFlag.MENDED
+
+
 def _check_entropy_coding(data: bytes, header: JpegHeader) -> tuple[bytes, RowFlag]:
     """Decode every coefficient strictly; return the bytes to store, the end mark appended where it lacked.
 
@@ -164,6 +193,12 @@ def _check_entropy_coding(data: bytes, header: JpegHeader) -> tuple[bytes, RowFl
 
 
 def _strict_decode(data: bytes, header: JpegHeader) -> None:
+    try:
+        simplejpeg.decode_jpeg_header(data, strict=True)
+    except ValueError as error:
+        if _UNNAMED_SAMPLING in str(error):
+            raise _UnusualSampling(str(error)) from error
+        raise
     if len(header.component_ids) == 4:
         colorspace = "CMYK"
     else:

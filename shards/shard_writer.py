@@ -19,11 +19,12 @@ from shards.format import RowFlag, ShardEntry, canonical_json, name_uid, shard_n
 from shards.index import COLUMN_DTYPES
 from shards.listing import Listing
 from shards.reader import ImageReader, SourceUnreadable
-from shards.sanitize import MAX_FILE_BYTES, ImageRejected, StoredImage, sanitise
+from shards.sanitize import MAX_FILE_BYTES, ImageRejected, ImageWarned, StoredImage, sanitise
 from shards.sources.base import SourceItem
 from shards.tar_format import SampleWriter
 
 ROW_COLUMNS = {name: dtype for name, dtype in COLUMN_DTYPES.items() if name != "shard"}
+WARNED_COUNT = "quarantined for a warning"  # of the quarantined: what other programs read all the same
 Tick = Callable[[int, int], None]  # (rows done, rows quarantined); raises where packing is to stop
 
 
@@ -111,6 +112,8 @@ class _Rows:
             self.counts["renamed"] += 1
         if RowFlag.EOI_ADDED in flags:
             self.counts["end mark added"] += 1
+        if RowFlag.MENDED in flags:
+            self.counts["harmless faults mended"] += 1
 
     def columns(self) -> dict[str, npt.NDArray[Any]]:
         return {name: np.array(self._values[name], dtype) for name, dtype in ROW_COLUMNS.items()}
@@ -166,6 +169,8 @@ def _write_row(
         stored = sanitise(reader.read(item), keep_warned=settings.keep_warned)
     except ImageRejected as rejection:
         rows.quarantined.append({"name": item.name, "reason": str(rejection)})
+        if isinstance(rejection, ImageWarned):
+            rows.counts[WARNED_COUNT] += 1
         return False
     except SourceUnreadable as unreadable:
         if not settings.skip_unreadable:

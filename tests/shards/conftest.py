@@ -156,7 +156,26 @@ def _reencoded_files() -> dict[str, OddFile]:
     palette = pil.convert("P", palette=Image.Palette.ADAPTIVE, colors=64)
     # A photograph of 72 Mpx, over the limit: halved.
     huge = simplejpeg.encode_jpeg(np.full((6000, 12000, 1), 90, np.uint8), colorspace="GRAY", colorsubsampling="Gray")
+    base, harmless = jpeg(image), "JPEG with a harmless fault"
+    scan = base.index(b"\xff\xda")
+    mended = {
+        "stray_bytes_before_scan": base[:scan] + bytes(5) + base[scan:],
+        "stray_bytes_after_start": base[:2] + b"\r\nx" + base[2:],
+        "unknown_jfif_revision": base.replace(b"JFIF\0\1\1", b"JFIF\0\0\0"),
+        "padding_before_end_mark": base[:-2] + bytes(50) + base[-2:],
+        "stray_bytes_and_no_end_mark": base[:scan] + b"stray" + base[scan:-2],
+    }
     files = {
+        name: OddFile(
+            data,
+            "re-encoded",
+            harmless,
+            RowFlag.MENDED | (RowFlag.EOI_ADDED if "no_end" in name else RowFlag(0)),
+            simplejpeg.decode_jpeg(base),
+            lossless=True,
+        )
+        for name, data in mended.items()
+    } | {
         f"orientation_{number}": OddFile(
             with_orientation(jpeg(image, 98, "444"), number),
             "re-encoded",
@@ -235,6 +254,8 @@ def _rejected_files() -> dict[str, OddFile]:
         "empty": (b"", "empty file"),
         "half": (large[: len(large) // 2], "Premature end of JPEG file"),
         "scan_cut_by_one_block": (base[:-60] + b"\xff\xd9", "Corrupt JPEG data: premature end"),
+        "half_and_zeros": (large[: len(large) // 2] + bytes(len(large)) + b"\xff\xd9", "Corrupt JPEG data"),
+        "scan_that_goes_on": (base[:-2] + large[-90:], "extraneous bytes before marker 0xd9"),
         "progressive_without_end_mark": (progressive[:-2], "Premature end of JPEG file"),
         "header_alone": (base[:100], "markers are not well formed"),
         "start_mark_alone": (base[:2], "markers are not well formed"),

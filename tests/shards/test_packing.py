@@ -18,7 +18,7 @@ import simplejpeg
 from shards.errors import UserError
 from shards.format import RowFlag, is_key, load_manifest, name_uid, plain_key
 from shards.index import ShardIndex, load_index
-from shards.pack import pack
+from shards.pack import pack, summary
 from shards.tar_format import SampleWriter
 from shards.verify import verify
 
@@ -230,6 +230,11 @@ def test_the_odd_files_are_packed_as_the_corpus_states_and_the_folder_is_whole(
     assert manifest.counts["quarantined"] == outcomes.count("rejected")
     reencoded = {name: count for name, count in manifest.counts.items() if name.startswith("re-encoded: ")}
     assert sum(reencoded.values()) == outcomes.count("re-encoded")
+    mended = [RowFlag.MENDED in odd.flags for odd in odd_files.values()]
+    assert manifest.counts["harmless faults mended"] == sum(mended) == 5
+    # Bit rot, half a file filled up, a scan that goes on, one that lacks a block: all with an end mark.
+    assert manifest.counts["quarantined for a warning"] == 4
+    assert "Of these, 4 are JPEGs that Pillow reads without a word" in summary(manifest, tmp_path / "out", 1.0)
     assert set(reencoded) == {f"re-encoded: {o.detail}" for o in odd_files.values() if o.outcome == "re-encoded"}
     listed = [json.loads(line) for line in (tmp_path / "out/quarantine.jsonl").read_text().splitlines()]
     reasons = {entry["name"][len("odd/") : -len(".JPEG")]: entry["reason"] for entry in listed}

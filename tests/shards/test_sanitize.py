@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from shards.format import RowFlag
-from shards.sanitize import ImageRejected, sanitise
+from shards.sanitize import ImageRejected, ImageWarned, sanitise
 
 # For sources that are lossy themselves. Quality 95 quantises luma in steps of 1 to 12 and chroma in steps of 2
 # to 10, an error of at most 12 / sqrt(12) = 3.5 a coefficient, and most coefficients of these smooth images are
@@ -88,6 +88,25 @@ def test_keep_warned_stores_what_pillow_reads_of_a_damaged_jpeg(odd_files: dict[
     assert np.abs(simplejpeg.decode_jpeg(stored.jpeg) - by_pillow).mean() < MEAN_ERROR
     with pytest.raises(ImageRejected, match="damaged JPEG"):
         sanitise(odd_files["half"].data, keep_warned=True)
+
+
+def test_what_pillow_reads_without_a_word_is_told_from_what_it_cannot_read(odd_files: dict[str, Any]) -> None:
+    for name, kind in (("bit_rot_in_scan", ImageWarned), ("half", ImageRejected)):
+        with pytest.raises(ImageRejected) as caught:
+            sanitise(odd_files[name].data)
+        assert type(caught.value) is kind
+
+
+def test_no_flipped_bit_of_a_picture_passes_for_a_harmless_fault(make_photo: Callable[..., Any]) -> None:
+    whole = simplejpeg.encode_jpeg(make_photo(64, 80), quality=90, colorsubsampling="420")
+    noticed = 0
+    for place in range(whole.index(b"\xff\xda") + 14, len(whole) - 2, 3):
+        rotten = whole[:place] + bytes([whole[place] ^ (1 << place % 8)]) + whole[place + 1 :]
+        try:
+            assert RowFlag.MENDED not in sanitise(rotten).flags, place
+        except ImageRejected:
+            noticed += 1
+    assert noticed > 20
 
 
 @settings(max_examples=300, deadline=None)

@@ -125,8 +125,8 @@ class DaliCrops:
 
     def reset(self) -> None:
         """Drop the graph with all that is in it; the next request builds a new one."""
+        self._pipe = None  # waits for what runs, which reads the encoded images of the requests
         self._in_flight.clear()
-        self._pipe = None
 
     def close(self) -> None:
         """Free the graph, its threads and its memory."""
@@ -159,7 +159,11 @@ class DaliCrops:
         return outputs
 
     def _joined(self, outputs: Any) -> Crops:
-        """Join the views to crop-major tensors of torch's own memory."""
+        """Join the views to crop-major tensors of torch's own memory.
+
+        DALI hands its buffers over without a copy. The views are as many buffers; joining them is one copy on the
+        device, of half a megabyte an image at 2x224 + 8x96, and gives DALI its buffers back at once.
+        """
         w = self._work
         views = [_as_torch(output) for output in outputs]
         clean = views[: w.num_global] if w.clean else []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 import weakref
@@ -28,6 +29,7 @@ class _Shared(Generic[T]):
         self.stop = False
         self.ended = False
         self.error: BaseException | None = None
+        self.process = os.getpid()
 
 
 class Feeder(Generic[T]):
@@ -60,21 +62,22 @@ class Feeder(Generic[T]):
 
         Raises:
             StopIteration: the iterator has ended, or the feeder is closed.
-            RuntimeError: the thread is gone without a word (a fork), or gave nothing for `stall_seconds`.
+            RuntimeError: this is a forked process, or the thread gave nothing for `stall_seconds`.
             BaseException: whatever the iterator raised.
         """
         shared, start = self._shared, time.monotonic()
+        if shared.process != os.getpid():
+            # The lock must not be touched: the parent's thread may have held it at the fork.
+            raise RuntimeError(
+                f"data loader: opened in process {shared.process}, used in {os.getpid()}. A forked process has no "
+                "threads of its parent, so no feeder. Open the loader in the process that uses it."
+            )
         with shared.changed:
             while not shared.items:
                 if shared.error is not None:
                     raise shared.error
                 if shared.ended or shared.stop:
                     raise StopIteration
-                if not self._thread.is_alive():
-                    raise RuntimeError(
-                        "data loader: the feeder thread is gone without an error. A forked process has no "
-                        "threads of its parent. Open the loader in the process that uses it."
-                    )
                 waited = time.monotonic() - start
                 if waited > self._stall_seconds:
                     raise RuntimeError(
@@ -131,6 +134,8 @@ def _run(shared: _Shared[T], make_items: Callable[[], Iterator[T]]) -> None:
 
 
 def _stop(shared: _Shared[T], thread: threading.Thread) -> None:
+    if shared.process != os.getpid():
+        return  # a forked process has nothing to stop
     with shared.changed:
         shared.stop = True
         shared.items.clear()

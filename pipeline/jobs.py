@@ -102,8 +102,11 @@ def run(
             batch = assemble(job, crops)
             event = None
             if stream is not None:
-                event = torch.cuda.Event()
+                # A batch that is handed on is finished: what the consumer waits for is then all in `data_wait`,
+                # and the feeder cannot run ahead of the device. The backend has the next request meanwhile.
+                event = torch.cuda.Event(blocking=True)
                 event.record(stream)
+                event.synchronize()
             yield Ready(batch, job, event)
 
 

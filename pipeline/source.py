@@ -149,7 +149,13 @@ class ShardSource:
     def _read(self, shard: int, offset: int, size: int) -> npt.NDArray[np.uint8]:
         handle = self._handle(shard)
         if isinstance(handle, int):
-            data = os.pread(handle, size, offset)
+            try:
+                data = os.pread(handle, size, offset)
+            except OSError as error:
+                raise UserError(
+                    f"{self._paths[shard]}: {size} bytes at offset {offset} cannot be read ({error.strerror}). "
+                    "Check the disk or the mount, and resume."
+                ) from error
             if len(data) != size:
                 raise UserError(
                     f"{self._paths[shard]}: {len(data)} bytes at offset {offset}, the index says {size}. The "
@@ -170,7 +176,13 @@ class ShardSource:
 
     def _open_shard(self, shard: int) -> mmap.mmap | int:
         path, expected = self._paths[shard], self.manifest.shards[shard].bytes
-        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            descriptor = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise UserError(
+                f"{path}: cannot be opened any more ({error.strerror}). Was it moved, or did its mount go away? "
+                "Bring it back and resume."
+            ) from error
         try:
             size = os.fstat(descriptor).st_size
             if size != expected:

@@ -27,6 +27,10 @@ from pipeline.plan import CropPlan
 _KEYS_A = -0.5
 _KEYS_SUPPORT = 2.0
 
+# What a GPU crops at once: enough images to fill it, few enough padded pixels for its memory.
+_GPU_IMAGES = 16
+_GPU_PIXELS = _GPU_IMAGES << 20
+
 
 @dataclass(frozen=True)
 class Taps:
@@ -171,8 +175,6 @@ class TorchCrops:
         """Start the decoding threads."""
         self._work = work
         self._device = options.device
-        # A GPU takes several images at once; a CPU's caches are best served by one.
-        self._chunk = 16 if options.device.type == "cuda" else 1
         self._in_flight: deque[_InFlight] = deque()
         self._pool = ThreadPoolExecutor(options.num_threads, thread_name_prefix="decode")
 
@@ -199,10 +201,9 @@ class TorchCrops:
         global_crops = _empty(g, n, w.global_size, device) if w.distorted else None
         local_crops = _empty(w.num_local, n, w.local_size, device) if w.distorted else None
         clean_crops = _empty(g, n, w.global_size, device) if w.clean else None
-        # Images of like size are padded together.
-        order = np.argsort([image.shape[0] * image.shape[1] for image in images], kind="stable")
-        for start in range(0, n, self._chunk):
-            chosen = order[start : start + self._chunk]
+        # A GPU takes several images at once; a CPU's caches are best served by one.
+        on_gpu = device.type == "cuda"
+        for chosen in chunks(batch.request.sizes, *((_GPU_IMAGES, _GPU_PIXELS) if on_gpu else (1, 0))):
             padded, sizes = self._padded([images[i] for i in chosen])
             where = torch.from_numpy(chosen).to(device)
             views = plan.take(chosen)
@@ -262,6 +263,30 @@ class TorchCrops:
             for part in (plan.colour, plan.blur_sigma, plan.solarize)
         )
         return distort(crops.flatten(0, 1), *parameters).reshape(crops.shape)
+
+
+def chunks(sizes: npt.NDArray[np.int64], most_images: int, most_pixels: int) -> list[npt.NDArray[np.int64]]:
+    """Group images of like size, to be padded to a common one.
+
+    Args:
+        sizes: height and width, [n, 2].
+        most_images: of a group.
+        most_pixels: of a group, padding included; only a single image may have more.
+
+    Returns:
+        Positions of each group's images.
+    """
+    groups: list[list[int]] = []
+    height = width = 0
+    for i in np.argsort(sizes.prod(1), kind="stable").tolist():
+        height, width = max(height, int(sizes[i, 0])), max(width, int(sizes[i, 1]))
+        more = len(groups[-1]) + 1 if groups else 0
+        if 0 < more <= most_images and more * height * width <= most_pixels:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+            height, width = sizes[i].tolist()
+    return [np.array(group) for group in groups]
 
 
 def _empty(views: int, n: int, side: int, device: torch.device) -> Tensor:

@@ -217,26 +217,35 @@ def test_a_feeder_that_dies_ends_the_program_with_its_error(shards):
     assert "MemoryError: out of memory in the feeder" in errors
 
 
-def test_a_forked_child_is_told_that_its_loader_has_no_feeder(shards):
+def test_a_forked_child_is_told_that_its_loader_has_no_feeder_and_ends(shards):
+    """Forked at the worst moment: another thread holds the feeder's lock. The child leaves by its exit handlers."""
     body = """
-        import os
+        import os, threading
         loader = start()
         next(loader)
-        while loader._feeder.ready < 2:
-            time.sleep(0.01)
+        held, release = threading.Event(), threading.Event()
+        def hold():
+            with loader._feeder._shared.changed:
+                held.set()
+                release.wait()
+        holder = threading.Thread(target=hold)
+        holder.start()
+        held.wait()
         child = os.fork()
         if child == 0:
             try:
-                while True:
-                    next(loader)
+                next(loader)
             except RuntimeError as error:
                 print(error, flush=True)
-                os._exit(9)
+                sys.exit(9)
         _, status = os.waitpid(child, 0)
+        release.set()
+        holder.join()
         assert os.waitstatus_to_exitcode(status) == 9
+        next(loader)
         loader.close()
     """
     process = _run(shards, "cpu", body)
     output, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, errors
-    assert "the feeder thread is gone" in output
+    assert "A forked process has no threads of its parent" in output

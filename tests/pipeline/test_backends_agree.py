@@ -13,7 +13,7 @@ from pipeline.cpu_crops import distort as cpu_distort
 from pipeline.crops import BackendOptions, center_work, training_work
 from pipeline.plan import CropPlan, crop_plan
 from pipeline.source import ShardSource
-from pipeline.torch_crops import cubic_taps, resample, taps_needed
+from pipeline.torch_crops import chunks, cubic_taps, resample, taps_needed
 from pipeline.torch_crops import distort as torch_distort
 
 # Units of 1/255. Torch computes what DALI computes in another order of float32 sums: a sum that lies at a
@@ -154,6 +154,26 @@ def test_taps_do_not_depend_on_how_many_there_are():
     assert torch.equal(many.index[..., :k], few.index)
     assert not many.weight[..., k:].any()
     assert torch.allclose(few.weight.sum(-1), torch.ones(()), atol=1e-6)
+
+
+def test_images_are_padded_together_as_far_as_the_pixels_allow():
+    sizes = np.array([[400, 500], [20_000, 20_000], [500, 400], [10, 10], [375, 500], [4000, 3000], [500, 375]])
+    groups = chunks(sizes, 3, 1_000_000)
+    assert sorted(np.concatenate(groups).tolist()) == list(range(7))
+    for group in groups:
+        padded = len(group) * sizes[group].max(0).prod()
+        assert len(group) == 1 or (len(group) <= 3 and padded <= 1_000_000)
+    assert [g.tolist() for g in groups] == [[3, 4, 6], [0, 2], [5], [1]]
+    assert [len(g) for g in chunks(sizes, 1, 0)] == [1] * 7
+
+
+def test_torch_crops_do_not_depend_on_how_images_are_padded_together(make_crops, rows, monkeypatch):
+    work = training_work(WHOLE_CHAIN, teacher_crops=True)
+    alone = make_crops("torch", rows[:8], work, augmentation=WHOLE_CHAIN)
+    monkeypatch.setattr("pipeline.torch_crops.chunks", lambda sizes, *_: chunks(sizes, 4, 2 << 20))
+    together = make_crops("torch", rows[:8], work, augmentation=WHOLE_CHAIN)
+    for name, crops in alone.items():
+        assert np.array_equal(crops, together[name]), name
 
 
 def test_cpu_threads_use_one_torch_thread_each_and_leave_the_others_theirs():

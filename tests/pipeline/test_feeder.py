@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from pipeline.feeder import Feeder
+from pipeline.feeder import Feeder, _stop
 
 PATIENCE = 60.0  # seconds until a test that hangs gives up
 
@@ -121,15 +121,19 @@ def test_an_iterator_that_hangs_is_an_error_after_the_stall_time():
     feeder.close()
 
 
-def test_a_thread_that_is_gone_without_a_word_is_an_error():
-    hang = threading.Event()
-    feeder = _feeder(lambda: iter([hang.wait(PATIENCE)]))
-    running, feeder._thread = feeder._thread, threading.Thread()  # as in a forked child
-    with pytest.raises(RuntimeError, match="feeder thread is gone"):
-        feeder.get()
-    feeder._thread = running
-    hang.set()
+def test_another_process_is_told_and_touches_no_lock(monkeypatch):
+    feeder = _feeder(lambda: itertools.count())
+    feeder.get()
+    shared = feeder._shared
+    with monkeypatch.context() as patch:
+        patch.setattr(shared, "changed", None)  # a forked child may find it locked for ever
+        patch.setattr(shared, "process", shared.process + 1)
+        with pytest.raises(RuntimeError, match=rf"opened in process {shared.process}, used in \d+"):
+            feeder.get()
+        _stop(shared, feeder._thread)
+    assert feeder.alive
     feeder.close()
+    assert not feeder.alive
 
 
 def test_the_feeder_fills_up_while_the_main_thread_is_busy_in_python():

@@ -1,5 +1,6 @@
 """iBOT masks: exact counts, BEiT's block limits, purity."""
 
+import hashlib
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +13,11 @@ from pipeline.masks import block_masks, draw_blocks, unit_masks
 from pipeline.philox import Domain, draw
 
 FINE = Augmentation(mask_patch_size=16)
+# A resumed run must draw the masks that the run before would have drawn.
+GOLDEN_MASKS = [
+    "4a331d7ad53403fd7dd61364d524777c88d6fde30fc3fbc7d944fc2210a590a0",
+    "2434c08e78f28ec1321a36418b1cb25637e86677aa1bf86f426cfe75f61c0a7e",
+]
 
 
 def _uids(n):
@@ -129,6 +135,13 @@ def test_masks_are_pure_and_fresh_each_epoch():
     assert np.array_equal(masks.reshape(2, 32, -1)[:, order], shuffled.reshape(2, 32, -1))
     single, _ = block_masks(uids[5:6], epoch=1, seed=1, augmentation=FINE)
     assert np.array_equal(masks.reshape(2, 32, -1)[:, 5], single)
+
+
+def test_masks_never_change():
+    _, coarse = block_masks(_uids(200), epoch=7, seed=12345, augmentation=Augmentation())
+    _, fine = block_masks(_uids(200), epoch=7, seed=12345, augmentation=FINE)
+    found = [hashlib.sha256(indices.astype("<i8").tobytes()).hexdigest() for indices in (coarse, fine)]
+    assert found == GOLDEN_MASKS
 
 
 def test_ratio_zero_masks_nothing():

@@ -1,5 +1,7 @@
 """The epoch's order: a permutation, local within a window, free of the world size."""
 
+import hashlib
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -7,6 +9,9 @@ from hypothesis import strategies as st
 
 from pipeline.order import epoch_order, rank_positions
 from shards.errors import UserError
+
+# A resumed run must go on in the order of the run before.
+GOLDEN_ORDER = "d4dbc49fbcf6a515086f076be89717726a39d131b9f414ceac45e1d99d161377"
 
 
 @given(
@@ -72,3 +77,8 @@ def test_empty_orders_are_refused(change):
     arguments = {"num_rows": 10, "block": 4, "window": 2} | change
     with pytest.raises(UserError, match="Each must be at least 1"):
         epoch_order(arguments.pop("num_rows"), seed=0, epoch=0, **arguments)
+
+
+def test_order_never_changes():
+    order = epoch_order(10_000, seed=12345, epoch=7, block=64, window=8)
+    assert hashlib.sha256(order.astype("<i8").tobytes()).hexdigest() == GOLDEN_ORDER

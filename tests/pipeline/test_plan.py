@@ -1,5 +1,6 @@
 """The crop plan: golden boxes, ranges, independence of the draws."""
 
+import hashlib
 import math
 from dataclasses import replace
 
@@ -26,6 +27,15 @@ GOLDEN_BOXES = {
     ("dinov2_released", 0): "a57a7850aa8d5f7f82d07c955d75d29b756017f4abdf925378cc10ffb826f412",
 }
 GOLDEN_SEED = 12345
+# Of all ten views: boxes, flips, blur and solarize; and colours. Without and with `teacher_photometric`.
+GOLDEN_PLAN = (
+    "8b6c74ad316d27a3585682fc5d2d659f2d88565eb119c3249e6916d7acf38960",
+    "453e533c7742aafeab9d11183e054837c1351e583e0afa325604f534def7e43a",
+)
+GOLDEN_COLOURS = (
+    "08c9bd6425a1384baca2a85892370d191b77182d3e05be497aa87c3b3e8b8ad3",
+    "7222f77d7cc7de4fcdffe1c79159d9e3370fe3f0fdc02e3e53b5ea755355dc04",
+)
 MANY = 20_000
 
 
@@ -41,6 +51,37 @@ def _plan(n=64, *, view_set=0, epoch=0, seed=1, size=(375, 500), augmentation=No
 def test_global_boxes_of_a_thousand_ids_never_change(name, view_set):
     assert PLAN_VERSION == GOLDEN_VERSION
     assert box_test_vector(GOLDEN_SEED, preset(name), view_set) == GOLDEN_BOXES[name, view_set]
+
+
+def _digest(*arrays):
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array).astype(array.dtype.newbyteorder("<")).tobytes())
+    return digest.hexdigest()
+
+
+def _thousand(**changes):
+    uids = np.arange(1, 1001, dtype=np.uint64) * np.uint64(0xD1342543DE82EF95)
+    sizes = np.stack([1 + uids % np.uint64(1999), 1 + (uids >> np.uint64(32)) % np.uint64(1999)], -1)
+    arguments = {"view_set": 2, "epoch": 7, "seed": GOLDEN_SEED, "augmentation": preset("dino")}
+    return crop_plan(uids, sizes, **(arguments | changes))
+
+
+@pytest.mark.parametrize("photometric", [False, True])
+def test_no_bit_of_the_whole_plan_of_a_thousand_ids_ever_changes(photometric):
+    plan = _thousand(augmentation=replace(preset("dino"), teacher_photometric=photometric))
+    assert _digest(plan.boxes, plan.flips, plan.blur_sigma, plan.solarize) == GOLDEN_PLAN[photometric]
+    # Colours alone pass through sine and cosine, whose last bit is the machine's: a grid above float32's rounding.
+    assert _digest(np.rint(plan.colour.astype(np.float64) * 2**16).astype(np.int64)) == GOLDEN_COLOURS[photometric]
+
+
+def test_the_golden_plan_sees_one_bit_of_any_part():
+    plan = _thousand()
+    parts = [plan.boxes, plan.flips, plan.blur_sigma, plan.solarize]
+    for i, part in enumerate(parts):
+        changed = part.copy()
+        changed.reshape(-1).view(np.uint8)[-1] ^= 1
+        assert _digest(*parts[:i], changed, *parts[i + 1 :]) != GOLDEN_PLAN[False]
 
 
 def test_golden_boxes_change_with_seed_view_set_and_geometry():

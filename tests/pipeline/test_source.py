@@ -97,6 +97,27 @@ def test_a_tar_cut_while_it_is_read_is_named(shards, monkeypatch):
             source.jpeg(0)
 
 
+def test_a_shard_that_went_away_after_opening_is_named(shards, monkeypatch):
+    with ShardSource(shards) as source:
+        monkeypatch.setattr(os, "open", _failing(116, "Stale file handle"))
+        with pytest.raises(UserError, match=r"shard-000001\.tar: cannot be opened any more \(Stale file handle\)"):
+            source.jpeg(25)
+
+
+def test_a_read_that_fails_is_named(shards, monkeypatch):
+    with ShardSource(shards, access="pread") as source:
+        monkeypatch.setattr(os, "pread", _failing(5, "Input/output error"))
+        with pytest.raises(UserError, match=r"shard-000000\.tar: \d+ bytes at offset \d+ cannot be read \(Input"):
+            source.jpeg(0)
+
+
+def _failing(number, text):
+    def fail(*_arguments):
+        raise OSError(number, text)
+
+    return fail
+
+
 @pytest.fixture
 def advised(monkeypatch):
     """What the kernel was asked for: (path, offset, size) in order."""

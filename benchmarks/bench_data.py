@@ -32,7 +32,7 @@ _RATIOS = [
     ("full 2x224 + 8x96: cpu", "full 2x224 + 8x96: Pillow"),
     ("full 2x224 + 8x96: dali", "full 2x224 + 8x96: torchvision v2, uint8"),
     ("full 2x224 + 8x96: torch", "full 2x224 + 8x96: torchvision v2, uint8"),
-    ("read: mapped views, random order", "read: webdataset iterator"),
+    ("read: copies by pread, random order", "read: webdataset iterator"),
 ]
 
 

@@ -20,6 +20,7 @@ _ROUNDS = 3
 _MEMORY_BATCHES = 1000
 _MEMORY_WARM_UP = 100
 _MATRIX = 8192
+_NOTE = f"batches of {_BATCH} (fewer if there are fewer images), uint8"
 
 
 def gpu_rows(shards: Path, *, quick: bool) -> list[Measurement]:
@@ -57,7 +58,7 @@ def _rate(loader: MultiCropLoader, batches: int) -> float:
 
 
 def _thread_rows(shards: Path, batches: int) -> Iterator[Measurement]:
-    settings = [("torch", threads, 0.0) for threads in _thread_counts()]
+    settings = [("cpu", usable_cores(), 0.0)] + [("torch", threads, 0.0) for threads in _thread_counts()]
     if dali.missing_reason() is None:
         settings += [("dali", threads, load) for load in (0.0, 1.0) for threads in _thread_counts()]
     figures: dict[tuple[str, int, float], list[float]] = {key: [] for key in settings}
@@ -67,7 +68,8 @@ def _thread_rows(shards: Path, batches: int) -> Iterator[Measurement]:
                 figures[backend, threads, load].append(_rate(loader, batches))
     for (backend, threads, load), found in figures.items():
         decoder = f", hw_decoder_load {load:g}" if backend == "dali" else ""
-        yield Measurement(f"gpu full 2x224 + 8x96: {backend}, {threads} threads{decoder}", "images/s", tuple(found))
+        name = f"gpu full 2x224 + 8x96: {backend}, {threads} threads{decoder}"
+        yield Measurement(name, "images/s", tuple(found), _NOTE)
 
 
 def _thread_counts() -> list[int]:
@@ -75,7 +77,7 @@ def _thread_counts() -> list[int]:
 
 
 def _memory_row(shards: Path, batches: int) -> Measurement:
-    """Memory of the device in use, by anyone, from the warm-up's end on; the spread is its growth."""
+    """Memory of the device in use, by anyone, after each batch from the warm-up's end on."""
     backend = "torch" if dali.missing_reason() else "dali"
     used = []
     with _open(shards, backend, min(8, usable_cores())) as loader:
@@ -84,7 +86,8 @@ def _memory_row(shards: Path, batches: int) -> Measurement:
             if number >= min(_MEMORY_WARM_UP, batches // 2):
                 free, total = torch.cuda.mem_get_info()
                 used.append((total - free) / 2**20)
-    return Measurement(f"gpu memory over {batches} batches: {backend}", "MiB", tuple(used))
+    note = f"{used[-1] - used[0]:+.0f} MiB from batch {batches - len(used)} to the last; {_NOTE}"
+    return Measurement(f"gpu memory over {batches} batches: {backend}", "MiB", tuple(used), note)
 
 
 def _overlap_rows(shards: Path, batches: int) -> list[Measurement]:
@@ -102,19 +105,19 @@ def _overlap_rows(shards: Path, batches: int) -> list[Measurement]:
     for _ in range(_ROUNDS):
         alone.append(_milliseconds(compute, batches))
         with _open(shards, backend, threads) as loader:
-            for _ in range(5):
-                next(loader)
+            images = [len(next(loader).rows) for _ in range(5)]
+            images.clear()
 
-            def step(loader: MultiCropLoader = loader) -> None:
-                next(loader)
+            def step(loader: MultiCropLoader = loader, images: list[int] = images) -> None:
+                images.append(len(next(loader).rows))
                 compute()
 
             start = time.perf_counter()
             beside.append(_milliseconds(step, batches))
-            rates.append(batches * _BATCH / (time.perf_counter() - start))
-    note = f"{products} bf16 products of {_MATRIX} a step"
+            rates.append(sum(images) / (time.perf_counter() - start))
+    note = f"{products} bf16 products of {_MATRIX} a step; {_NOTE}"
     return [
-        Measurement("gpu compute step alone", "ms", tuple(alone), note),
+        Measurement("gpu compute step alone", "ms", tuple(alone), f"{products} bf16 products of {_MATRIX} a step"),
         Measurement(f"gpu compute step beside the loader: {backend}", "ms", tuple(beside), note),
         Measurement(f"gpu images beside the compute: {backend}", "images/s", tuple(rates), note),
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import itertools
 import time
@@ -34,6 +35,9 @@ BATCH = 32
 _CPU = torch.device("cpu")
 _IMAGENET_ROWS = 1_281_167
 _READ_PASSES = 50
+_PEER_NOTE = "one image at a time"
+_DINOV3_NOTE = "DINOv3's transform as published, of torchvision's public transforms; one image at a time"
+_DECODER_NOTE = "decoder of the cpu and torch backends; one image at a time"
 _BUSY_SECONDS = 1.0
 _Rows = npt.NDArray[np.int64]
 
@@ -67,23 +71,45 @@ def cpu_rows(shards: Path, images: int, stack: ExitStack, *, quick: bool) -> lis
     one = replace(one, jitter_prob=0.0, gray_prob=0.0)
     rows = np.arange(min(images, len(source)))
     jpegs = [j.tobytes() for j in source.jpegs(rows)]
-    torchvision, published, pillow = _torchvision(a, False), _torchvision(a, True), PillowRecipe(a)
+    pillow = PillowRecipe(a)
     return [
-        *_read_rows(source, rows),
+        *_read_rows(source, stack.enter_context(ShardSource(shards, access="pread")), rows),
         *_decode_rows(source, rows, jpegs),
         *_crop_rows("one crop", one, source, rows, stack),
-        _peer("one crop: Pillow", pillow.first_crop, jpegs),
-        _peer("one crop: torchvision v2", torchvision.first_crop, jpegs),
+        _peer("one crop: Pillow", pillow.first_crop, jpegs, f"uint8; {_PEER_NOTE}"),
         *_crop_rows("full 2x224 + 8x96", a, source, rows, stack),
-        _peer("full 2x224 + 8x96: Pillow", pillow, jpegs),
-        _peer("full 2x224 + 8x96: torchvision v2, uint8", torchvision, jpegs, "DINOv3's recipe, not normalised"),
-        _peer("full 2x224 + 8x96: torchvision v2, as published", published, jpegs, "DINOv3's recipe, float32"),
+        _peer("full 2x224 + 8x96: Pillow", pillow, jpegs, f"uint8; {_PEER_NOTE}"),
+        *_torchvision_rows(a, jpegs),
         *_overhead_rows(source, rows, a, quick=quick),
     ]
 
 
-def _torchvision(a: Augmentation, normalise: bool) -> TorchvisionRecipe:
-    return TorchvisionRecipe(a, normalise=normalise)
+def _is_there(package: str) -> bool:
+    """Whether a peer can be imported; says so if not, as its rows are then missing."""
+    try:
+        importlib.import_module(package)
+    except (ImportError, RuntimeError, OSError) as error:  # of another torch than the one installed
+        print(f"{package} cannot be imported ({error}): its rows are left out")
+        return False
+    return True
+
+
+def _torchvision_rows(a: Augmentation, jpegs: list[bytes]) -> Iterator[Row]:
+    if not _is_there("torchvision"):
+        return
+    from torchvision.io import decode_jpeg
+
+    tensors = [torch.from_numpy(np.frombuffer(jpeg, np.uint8).copy()) for jpeg in jpegs]
+
+    def decoded() -> None:
+        for tensor in tensors:
+            decode_jpeg(tensor)
+
+    uint8, published = TorchvisionRecipe(a, normalise=False), TorchvisionRecipe(a, normalise=True)
+    yield Row("decode: torchvision", len(jpegs), decoded, _PEER_NOTE)
+    yield _peer("one crop: torchvision v2", uint8.first_crop, jpegs, f"uint8; {_PEER_NOTE}")
+    yield _peer("full 2x224 + 8x96: torchvision v2, uint8", uint8, jpegs, f"uint8, not normalised; {_DINOV3_NOTE}")
+    yield _peer("full 2x224 + 8x96: torchvision v2, as published", published, jpegs, f"float32; {_DINOV3_NOTE}")
 
 
 def _peer(name: str, recipe: Callable[[bytes], object], jpegs: list[bytes], note: str = "") -> Row:
@@ -94,9 +120,7 @@ def _peer(name: str, recipe: Callable[[bytes], object], jpegs: list[bytes], note
     return Row(name, len(jpegs), run, note)
 
 
-def _read_rows(source: ShardSource, rows: _Rows) -> Iterator[Row]:
-    import webdataset
-
+def _read_rows(source: ShardSource, copying: ShardSource, rows: _Rows) -> Iterator[Row]:
     order = np.random.default_rng(0).permutation(rows)
     urls = [str(source.folder / shard.name) for shard in source.manifest.shards]
 
@@ -104,12 +128,22 @@ def _read_rows(source: ShardSource, rows: _Rows) -> Iterator[Row]:
         for _ in range(_READ_PASSES):
             source.jpegs(order)
 
+    def copies() -> None:
+        for _ in range(_READ_PASSES):
+            copying.jpegs(order)
+
+    checked = "from the page cache; checksums were checked in the warm-up"
+    yield Row("read: mapped views, random order", _READ_PASSES * len(rows), views, f"no byte touched; {checked}")
+    yield Row("read: copies by pread, random order", _READ_PASSES * len(rows), copies, checked)
+    if not _is_there("webdataset"):
+        return
+    import webdataset
+
     def iterate() -> None:
         read = sum(len(sample["jpg"]) for sample in webdataset.WebDataset(urls, shardshuffle=False))
         assert read == int(source.index.size.sum())
 
-    yield Row("read: mapped views, random order", _READ_PASSES * len(rows), views)
-    yield Row("read: webdataset iterator", len(source), iterate, "sequential, bytes not decoded")
+    yield Row("read: webdataset iterator", len(source), iterate, "from the page cache; sequential, bytes not decoded")
 
 
 def _decode_rows(source: ShardSource, rows: _Rows, jpegs: list[bytes]) -> Iterator[Row]:
@@ -119,8 +153,8 @@ def _decode_rows(source: ShardSource, rows: _Rows, jpegs: list[bytes]) -> Iterat
         for view, size in zip(views, sizes, strict=True):
             decode(view, size)
 
-    yield _peer("decode: Pillow", lambda jpeg: np.asarray(Image.open(io.BytesIO(jpeg)).convert("RGB")), jpegs)
-    yield Row("decode: simplejpeg, strict", len(rows), strict)
+    yield _peer("decode: Pillow", _by_pillow, jpegs, _PEER_NOTE)
+    yield Row("decode: simplejpeg, strict", len(rows), strict, _DECODER_NOTE)
     if dali.missing_reason() is None:
         pipe = dali.decode_pipeline(BackendOptions(_CPU, 1, BATCH))
 
@@ -128,7 +162,11 @@ def _decode_rows(source: ShardSource, rows: _Rows, jpegs: list[bytes]) -> Iterat
             for start in range(0, len(views), BATCH):
                 pipe.run(jpegs=views[start : start + BATCH])
 
-        yield Row("decode: dali", len(rows), by_dali)
+        yield Row("decode: dali", len(rows), by_dali, f"batches of {BATCH}, 1 thread")
+
+
+def _by_pillow(jpeg: bytes) -> npt.NDArray[np.uint8]:
+    return np.asarray(Image.open(io.BytesIO(jpeg)).convert("RGB"))
 
 
 def _crop_rows(name: str, a: Augmentation, source: ShardSource, rows: _Rows, stack: ExitStack) -> Iterator[Row]:
@@ -143,7 +181,7 @@ def _crop_rows(name: str, a: Augmentation, source: ShardSource, rows: _Rows, sta
                 backend.submit(_request(source, rows[start : start + BATCH], a))
                 backend.collect()
 
-        yield Row(f"{name}: {backend_name}", len(rows), run)
+        yield Row(f"{name}: {backend_name}", len(rows), run, f"uint8; batches of {BATCH}, 1 thread")
 
 
 def _request(source: ShardSource, rows: _Rows, a: Augmentation) -> CropRequest:
@@ -165,10 +203,12 @@ def _overhead_rows(source: ShardSource, rows: _Rows, a: Augmentation, *, quick: 
         for epoch in range(repeat):
             block_masks(uids, epoch=epoch, seed=0, augmentation=a)
 
-    yield Row("feeding: crop plan, 10 views", count, plans, cost=True)
-    yield Row("feeding: block masks", count, masks, cost=True)
+    note = f"batches of {len(chosen)}"
+    yield Row("feeding: crop plan, 10 views", count, plans, note, cost=True)
+    yield Row("feeding: block masks", count, masks, note, cost=True)
     if dali.missing_reason() is None:
-        yield Row("feeding: read, plan, DALI's external source", count, _feed(source, chosen, a, repeat), cost=True)
+        feed = _feed(source, chosen, a, repeat)
+        yield Row("feeding: read, plan, DALI's external source", count, feed, note, cost=True)
     rows_of_epoch = _IMAGENET_ROWS // 10 if quick else _IMAGENET_ROWS
     note = f"{rows_of_epoch} rows"
     yield Row("epoch order", rows_of_epoch, lambda: epoch_order(rows_of_epoch, seed=0, epoch=1), note, cost=True)
@@ -216,7 +256,7 @@ def busy_rows(shards: Path, rounds: int) -> list[Measurement]:
             figures[state].append(_consumed(feeder, busy=state != "idle"))
             feeder.close()
     return [
-        Measurement(f"feeder thread, main thread {state}", "samples/s", tuple(f), "wall time")
+        Measurement(f"feeder thread, main thread {state}", "samples/s", tuple(f), "wall time; batches of 64")
         for state, f in figures.items()
     ]
 

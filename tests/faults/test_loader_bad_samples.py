@@ -134,6 +134,23 @@ def test_policy_raise_names_shard_row_and_key_in_every_backend(plant, backend, d
             next(loader)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_a_row_that_is_no_jpeg_is_named_and_replaced_too(plant, backend):
+    # Only garbage: a GPU's decoder may make half an image of half a JPEG without a word. Packing is strict.
+    row = 13
+    folder = plant(jpegs={row: _garbage})
+    with _open(folder, backend, device="cuda") as loader:
+        for _ in range(_due(row)):
+            next(loader)
+        with pytest.raises(UserError, match=rf"row {row} \(key {_key(folder, row)}\): "):
+            next(loader)
+    skip = {"policy": "skip", "skip_budget": 0.5}
+    ours, _ = _take(folder, ROWS // BATCH, backend, device="cuda", **skip)
+    theirs, _ = _take(folder, ROWS // BATCH, "cpu", **skip)
+    assert [b.rows.tolist() for b in ours] == [b.rows.tolist() for b in theirs]
+
+
 def test_several_bad_rows_of_a_batch_are_all_named(plant, backend):
     order = epoch_order(ROWS, seed=1, epoch=0, block=4, window=2)
     bad = sorted(order[[4, 6]].tolist())

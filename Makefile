@@ -11,6 +11,8 @@ STAMP := $(VENV)/.installed
 NGPU ?= 1
 ARGS ?=
 export OMP_NUM_THREADS ?= 1
+# A path as one word, whatever spaces it holds; `~` as the shell has it.
+path = "$(if $(filter ~/%,$(firstword $1)),$(patsubst ~/%,$(HOME)/%,$1),$1)"
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow lint shards verify-shards cache verify-cache train probe export bench bench-gpu test-gpu
@@ -57,26 +59,26 @@ lint: setup ## Ruff, mypy strict and import-linter
 	$(VENV)/bin/lint-imports
 
 shards: need-DATA need-SHARDS setup ## Pack images into shards: DATA=folder, tar or parquet  SHARDS=folder to write
-	$(PY) -m shards pack --source $(DATA) --output $(SHARDS) $(ARGS)
+	$(PY) -m shards pack --source $(call path,$(DATA)) --output $(call path,$(SHARDS)) $(ARGS)
 
 verify-shards: need-SHARDS setup ## Check every hash, header and count of packed shards: SHARDS=
-	$(PY) -m shards verify $(SHARDS) $(ARGS)
+	$(PY) -m shards verify $(call path,$(SHARDS)) $(ARGS)
 
 cache: need-SHARDS need-CACHE setup ## Write the teacher's outputs to zarr: SHARDS= CACHE= [NGPU=1]
-	$(RANKS) -m cache_tools build --shards $(SHARDS) --cache $(CACHE) $(ARGS)
+	$(RANKS) -m cache_tools build --shards $(call path,$(SHARDS)) --cache $(call path,$(CACHE)) $(ARGS)
 
 verify-cache: need-CACHE setup ## Check every committed byte of a cache: CACHE=
-	$(PY) -m cache_tools verify $(CACHE) --deep $(ARGS)
+	$(PY) -m cache_tools verify $(call path,$(CACHE)) --deep $(ARGS)
 
 train: need-SHARDS setup ## Distill: SHARDS= [CACHE=] [VAL=] [NGPU=1] [RUN=runs/default]; run again to resume
-	$(RANKS) train.py --data_path $(SHARDS) $(if $(CACHE),--cache_path $(CACHE)) \
-	  $(if $(VAL),--val_data_path $(VAL)) --output_dir $(or $(RUN),runs/default) $(ARGS)
+	$(RANKS) train.py --data_path $(call path,$(SHARDS)) $(if $(CACHE),--cache_path $(call path,$(CACHE))) \
+	  $(if $(VAL),--val_data_path $(call path,$(VAL))) --output_dir $(call path,$(or $(RUN),runs/default)) $(ARGS)
 
 probe: need-RUN setup ## k-NN and linear probe of student, teacher and random weights: RUN=
-	$(PY) probe.py --run $(RUN) $(ARGS)
+	$(PY) probe.py --run $(call path,$(RUN)) $(ARGS)
 
-export: need-RUN setup ## Write the student as timm, torch.hub and ONNX load it: RUN=
-	$(PY) -m distill.export --run $(RUN) $(ARGS)
+export: need-RUN setup ## Write the student as timm and torch.hub load it: RUN=
+	$(PY) -m distill.export --run $(call path,$(RUN)) $(ARGS)
 
 bench: setup ## Measure data path, cache and kernel on this machine; rows go to benchmarks/results/
 	$(PY) -m benchmarks.bench_shards $(ARGS)

@@ -24,6 +24,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"{error.filename}: {error.strerror}. Check the path and its permissions.", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("Interrupted. The same command continues from here.", file=sys.stderr)
         return 130
@@ -105,6 +110,8 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> int:
+    if options.number < 1:
+        raise UserError(f"--number is {options.number}. It is a number of images: 1 or more.")
     folder = ShardFolder(options.shards)
     row = folder.find(options.row) if options.row else 0
     if options.sheet:

@@ -17,7 +17,7 @@ TEMPORARY_MARK = ".tmp-"
 
 @contextmanager
 def explain_disk_errors(path: Path) -> Iterator[None]:
-    """Turn "no space" and "cannot write" into a UserError that names the place and what to do."""
+    """Turn "no space", "cannot write" and "cannot read" into a UserError that names the place and what to do."""
     try:
         yield
     except OSError as error:
@@ -28,11 +28,27 @@ def explain_disk_errors(path: Path) -> Iterator[None]:
                 "Make room and run the same command again: what is finished is kept."
             ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            if error.filename is not None and not _is_place(os.fsdecode(error.filename), path):
+                raise UserError(
+                    f"{error.filename}: cannot be read ({error.strerror}). "
+                    "Make it readable and run the same command again."
+                ) from error
             raise UserError(
                 f"{path}: cannot be written ({error.strerror}). "
                 "Make the folder writable, or choose another, and run the same command again."
             ) from error
+        if error.errno == errno.ENOENT and not path.parent.exists():
+            raise UserError(
+                f"{path}: its folder {path.parent} does not exist. Make it, or give another place."
+            ) from error
         raise
+
+
+def _is_place(named: str, path: Path) -> bool:
+    """Tell whether a name that the system gave is of what is written: `path`, above it, below it, its temporary."""
+    found, place = Path(named).absolute(), path.absolute()
+    temporary = found.parent == place.parent and found.name.startswith(place.name + TEMPORARY_MARK)
+    return temporary or found.is_relative_to(place) or place.is_relative_to(found)
 
 
 @contextmanager

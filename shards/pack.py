@@ -78,10 +78,15 @@ def pack(
     """
     if rows_per_shard < 1:
         raise UserError(f"rows_per_shard is {rows_per_shard}. It is a number of images: 1 or more.")
+    if not -(1 << 63) <= seed < 1 << 63:
+        raise UserError(f"seed is {seed}. It is an integer of 64 bits: give one below 2^63.")
+    if workers is not None and workers < 1:
+        raise UserError(f"workers is {workers}. It is a number of processes: 1 or more, or leave it out.")
     source, output = Path(source), Path(output)
     workers = workers or len(os.sched_getaffinity(0))
     _check_places(source, output)
-    found = recognise(source, options)
+    with explain_disk_errors(output):
+        found = recognise(source, options)
     say = print if progress else _say_nothing
     say(f"{source}: {found.kind}")
     with explain_disk_errors(output):

@@ -129,7 +129,12 @@ def _listed_files(folder: Path, manifest: Manifest) -> Iterator[Fault]:
         if entry.name == INDEX_NAME:  # hashed where it is read
             continue
         path = folder / entry.name
-        if path.is_file() and file_sha256(path) != entry.sha256:
+        try:
+            same = not path.is_file() or file_sha256(path) == entry.sha256
+        except OSError as error:
+            yield Fault(entry.name, None, f"cannot be read: {error.strerror}")
+            continue
+        if not same:
             size = path.stat().st_size
             yield Fault(entry.name, None, f"sha256 differs ({size} bytes, the manifest says {entry.bytes})")
 
@@ -148,7 +153,11 @@ def _verify_shard(
         faults.append(Fault(entry.name, None, f"{size} bytes, the manifest says {entry.bytes}"))
     if size == 0:
         return faults
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as tar:
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        return [*faults, Fault(entry.name, None, f"cannot be read: {error.strerror}")]
+    with file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as tar:
         tar.madvise(mmap.MADV_SEQUENTIAL)
         digest = hashlib.sha256()
         for sample in _samples(tar, manifest, rows):

@@ -84,8 +84,16 @@ def file_container(path: Path) -> Container:
 def is_image_name(name: str) -> bool:
     """Tell whether a file name has an image's suffix and is not hidden."""
     base = name.rpartition("/")[2]
-    dot = base.rfind(".")
-    return dot > 0 and base[dot:].lower() in IMAGE_SUFFIXES
+    stem, dot, suffix = base.rpartition(".")
+    # macOS lays `._a.jpg` beside `a.jpg`.
+    return stem != "" and not base.startswith(".") and dot + suffix.lower() in IMAGE_SUFFIXES
+
+
+def pass_over(ignored: dict[str, int], name: str) -> None:
+    """Count a file that is no image under its suffix, or among the hidden ones."""
+    base = name.rpartition("/")[2]
+    reason = "hidden files" if base.startswith(".") else f"*{Path(base).suffix or base}"
+    ignored[reason] = ignored.get(reason, 0) + 1
 
 
 def class_labels(found: list[str], classes: tuple[str, ...] | None, where: str) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from shards.errors import UserError
 from shards.format import UNKNOWN_LABEL
-from shards.sources.base import Container, Source, SourceItem, class_labels, is_image_name
+from shards.sources.base import Container, Source, SourceItem, class_labels, is_image_name, pass_over
 from shards.sources.labels import LabelList
 
 SPLIT_NAMES = {"train", "val", "valid", "validation", "test"}
@@ -33,9 +33,10 @@ def class_folders(root: Path, classes: tuple[str, ...] | None) -> Source:
             if entry.is_dir() and not entry.name.startswith("."):
                 yield from _walk(entry.path, entry.name + "/", label_of[entry.name], ignored)
             elif is_image_name(entry.name):
-                _count(ignored, "images beside the class folders")
+                beside = "images beside the class folders"
+                ignored[beside] = ignored.get(beside, 0) + 1
             else:
-                _count(ignored, f"*{Path(entry.name).suffix or entry.name}")
+                pass_over(ignored, entry.name)
 
     kind = f"class folders ({len(names)} classes)"
     return Source(kind, names, (Container(str(root.resolve()), 0, 0),), items, ignored)
@@ -104,8 +105,4 @@ def _walk(
                 size, mtime = 0, 0
             yield SourceItem(name, name, 0, 0, size, mtime, label)
         else:
-            _count(ignored, f"*{Path(entry.name).suffix or entry.name}")
-
-
-def _count(ignored: dict[str, int], reason: str) -> None:
-    ignored[reason] = ignored.get(reason, 0) + 1
+            pass_over(ignored, entry.name)

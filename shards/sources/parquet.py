@@ -18,6 +18,7 @@ from shards.sources.base import Container, Source, SourceItem, class_labels, fil
 
 _SPLIT = re.compile(r"(?P<split>.+?)-\d{5}-of-\d{5}.*\.parquet$")
 _WNID = re.compile(r"n\d{8}")
+_INTEGER = re.compile(r"u?int(8|16|32|64)")
 _BATCH_ROWS = 64
 
 
@@ -29,7 +30,8 @@ def find_parquet(root: Path, split: str | None) -> list[Path]:
     """
     if root.is_file():
         return [root]
-    files = sorted(root.glob("*.parquet")) or sorted(root.glob("data/*.parquet"))
+    found = sorted(root.glob("*.parquet")) or sorted(root.glob("data/*.parquet"))
+    files = [file for file in found if not file.name.startswith(".")]
     splits: dict[str, list[Path]] = {}
     for file in files:
         match = _SPLIT.match(file.name)
@@ -63,6 +65,8 @@ def parquet_source(
             f"{files[0]}: no column {image_column!r}, but {columns}. Name the images' column by --image-column."
         )
     has_labels = label_column in columns
+    if has_labels:
+        _check_label_type(first, files[0], label_column)
     given = _class_names(first.schema_arrow.metadata or {}, label_column)
     first.close()
     containers = tuple(file_container(file) for file in files)
@@ -73,6 +77,15 @@ def parquet_source(
 
     kind = f"{len(files)} parquet files{'' if has_labels else ', unlabelled (label -1)'}"
     return Source(kind, (), containers, _not_staged, stage=stage)
+
+
+def _check_label_type(parquet: Any, file: Path, column: str) -> None:
+    found = str(parquet.schema_arrow.field(column).type)
+    if not _INTEGER.fullmatch(found):
+        raise UserError(
+            f"{file}: the labels in column {column!r} are of type {found}, not integers. Name the column of "
+            "integer labels by --label-column, or one that is not there to pack without labels."
+        )
 
 
 class _Columns:
@@ -135,7 +148,7 @@ def _stage_file(folder: Path, number: int, container: Container, columns: _Colum
                 data, path = _image_bytes(image, container.path, len(sizes))
                 blob.write(data)
                 sizes.append(len(data))
-                labels.append(UNKNOWN_LABEL if label is None else int(label))
+                labels.append(UNKNOWN_LABEL if label is None else _label(label, container.path, len(labels)))
                 paths.append(path)
         if sum(sizes) == 0:
             raise UserError(f"{container.path}: holds no image bytes. Check the file and --image-column.")
@@ -158,6 +171,12 @@ def _image_bytes(image: Any, file: str, row: int) -> tuple[bytes, str]:
         f"{file}: row {row} holds a {type(image).__name__} for an image, not bytes. "
         "Name the column of encoded images by --image-column."
     )
+
+
+def _label(label: int, file: str, row: int) -> int:
+    if not UNKNOWN_LABEL <= label < 1 << 31:
+        raise UserError(f"{file}: row {row} has the label {label}. Labels are 0 and up, -1 where unknown.")
+    return label
 
 
 def _is_staged(folder: Path, number: int, container: Container) -> bool:

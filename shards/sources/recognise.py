@@ -51,6 +51,8 @@ def recognise(path: Path, options: SourceOptions) -> Source:
     """
     if path.is_file():
         return _recognise_file(path, options)
+    if not path.is_dir():
+        raise UserError(f"{path}: neither a file nor a folder. Give a folder of images, a tar or parquet files.")
     if (path / MANIFEST_NAME).exists():
         raise UserError(f"{path}: holds a {MANIFEST_NAME}: it is packed already. Give the images' folder.")
     parquet = find_parquet(path, options.split)
@@ -58,7 +60,7 @@ def recognise(path: Path, options: SourceOptions) -> Source:
         return parquet_source(parquet, options.classes, options.image_column, options.label_column)
     if has_images_in_folders(path):
         return class_folders(path, options.classes)
-    tars = sorted(path.glob("*.tar"))
+    tars = sorted(tar for tar in path.glob("*.tar") if not tar.name.startswith("."))
     downloads = [tar for tar in tars if tar.name.startswith("ILSVRC2012_img_")]
     if downloads:
         raise UserError(
@@ -73,6 +75,8 @@ def recognise(path: Path, options: SourceOptions) -> Source:
 def _recognise_file(path: Path, options: SourceOptions) -> Source:
     if path.suffix == ".parquet":
         return parquet_source([path], options.classes, options.image_column, options.label_column)
+    if is_image_name(path.name):
+        raise UserError(f"{path}: one image. Give the folder that it lies in: {path.parent}.")
     *folders, name = first_member(path)
     if name.endswith(".tar"):
         return tar_of_class_tars(path, options.classes)

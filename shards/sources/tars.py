@@ -9,36 +9,37 @@ from pathlib import Path
 
 from shards.errors import UserError
 from shards.format import UNKNOWN_LABEL
-from shards.sources.base import Source, SourceItem, class_labels, file_container, is_image_name
+from shards.sources.base import Source, SourceItem, class_labels, file_container, is_image_name, pass_over
 from shards.sources.folders import SPLIT_NAMES, labelled, labels_in_words
 from shards.sources.labels import LabelList
 from shards.tar_format import TarDamage, TarMember, walk_members
 
-_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd"}
+_COMPRESSED = {b"PK": "zip", b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd"}
 _CUT = "The download or copy is incomplete or damaged: compare its checksum and get it again."
 
 
 def first_member(path: Path) -> list[str]:
-    """Return the name of a tar's first regular file in parts, without a leading folder that names a split.
+    """Return the name of a tar's first image or inner tar in parts, without a leading folder that names a split.
 
     Raises:
-        UserError: the file is compressed, no tar, or empty.
+        UserError: the file is compressed, no tar, or holds neither.
     """
     with path.open("rb") as file:
         begin = file.read(2)
     if begin in _COMPRESSED:
         raise UserError(
             f"{path}: compressed with {_COMPRESSED[begin]}. Images are read by their place in the tar, so "
-            "decompress it first and give the .tar."
+            "unpack it first and give the folder or the .tar that was in it."
         )
     for member in _walk(path, 0, path.stat().st_size):
-        return _parts(member.name)
-    raise UserError(f"{path}: a tar without files. {_CUT}")
+        if is_image_name(member.name) or _is_tar_name(member.name):
+            return _parts(member.name)
+    raise UserError(f"{path}: a tar without images and without class tars. {_CUT}")
 
 
 def tar_of_class_tars(path: Path, classes: tuple[str, ...] | None) -> Source:
     """Take a tar of tars, one a class, such as ILSVRC2012_img_train.tar."""
-    outer = [member for member in _walk(path, 0, path.stat().st_size) if member.name.endswith(".tar")]
+    outer = [member for member in _walk(path, 0, path.stat().st_size) if _is_tar_name(member.name)]
     names = class_labels([_stem(member.name) for member in outer], classes, str(path))
     label_of = {name: label for label, name in enumerate(names)}
     ignored: dict[str, int] = {}
@@ -74,7 +75,18 @@ def folder_of_class_tars(paths: list[Path], classes: tuple[str, ...] | None) -> 
 def tar_of_class_folders(path: Path, classes: tuple[str, ...] | None) -> Source:
     """Take a tar whose members lie in class folders, below a folder named after a split or not."""
     size = path.stat().st_size
-    found = {parts[0] for member in _walk(path, 0, size) if len(parts := _parts(member.name)) > 1}
+    found: set[str] = set()
+    splits: set[str] = set()
+    for member in _walk(path, 0, size):
+        if is_image_name(member.name):
+            split, parts = _split_and_parts(member.name)
+            found.update(parts[:1] if len(parts) > 1 else ())
+            splits.add(split)
+    if len(splits) > 1:
+        raise UserError(
+            f"{path}: holds images of the folders {', '.join(sorted(splits))}, which are splits, not classes. "
+            "Unpack it and pack each one for itself."
+        )
     names = class_labels(sorted(found), classes, str(path))
     label_of = {name: label for label, name in enumerate(names)}
 
@@ -112,7 +124,7 @@ def _one_tar(
         for member in _walk(path, 0, path.stat().st_size):
             described = describe(member) if is_image_name(member.name) else None
             if described is None:
-                _ignore(ignored, member.name)
+                pass_over(ignored, member.name)
             else:
                 name, label = described
                 yield SourceItem(name, "", 0, member.offset, member.size, 0, label)
@@ -128,7 +140,7 @@ def _class_items(
         if is_image_name(base):
             yield SourceItem(f"{class_name}/{base}", "", container, member.offset, member.size, 0, label)
         else:
-            _ignore(ignored, base)
+            pass_over(ignored, base)
 
 
 def _walk(path: Path, start: int, end: int) -> Iterator[TarMember]:
@@ -143,14 +155,18 @@ def _walk(path: Path, start: int, end: int) -> Iterator[TarMember]:
 
 def _parts(name: str) -> list[str]:
     """Split a member's name, without a leading folder that names a split."""
+    return _split_and_parts(name)[1]
+
+
+def _split_and_parts(name: str) -> tuple[str, list[str]]:
     parts = [part for part in name.split("/") if part not in ("", ".")]
-    return parts[1:] if len(parts) > 1 and parts[0].lower() in SPLIT_NAMES else parts
+    return (parts[0], parts[1:]) if len(parts) > 1 and parts[0].lower() in SPLIT_NAMES else ("", parts)
+
+
+def _is_tar_name(name: str) -> bool:
+    base = name.rpartition("/")[2]
+    return base.endswith(".tar") and not base.startswith(".")
 
 
 def _stem(name: str) -> str:
     return re.sub(r"\.tar$", "", name.rpartition("/")[2])
-
-
-def _ignore(ignored: dict[str, int], name: str) -> None:
-    reason = f"*{Path(name).suffix or name}"
-    ignored[reason] = ignored.get(reason, 0) + 1

@@ -327,7 +327,7 @@ def test_cut_compressed_and_empty_tars_are_refused_by_name(train: tuple[Path, Fi
     with pytest.raises(UserError, match="compressed with gzip"):
         packed(path, tmp_path / "out")
     path.write_bytes(bytes(10240))
-    with pytest.raises(UserError, match="a tar without files"):
+    with pytest.raises(UserError, match="a tar without images"):
         packed(path, tmp_path / "out")
     path.write_bytes(b"")
     with pytest.raises(UserError, match=r"cut"):

@@ -1,0 +1,209 @@
+"""Sources and places as they lie on real disks: spaces, links, hidden files, other members, what may not be read."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import shlex
+import shutil
+import subprocess
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shards.__main__ import main
+from shards.atomic import explain_disk_errors, write_atomic
+from shards.errors import UserError
+from shards.format import name_uid
+from shards.index import load_index
+from shards.pack import pack
+from shards.sources.recognise import SourceOptions, recognise
+from shards.verify import verify
+
+ROOT = Path(__file__).parents[2]
+MakeFolders = Callable[[Path, int, int], dict[str, bytes]]
+
+
+def packed(source: Path, output: Path) -> Any:
+    return pack(source, output, workers=1, progress=False)
+
+
+def tar_of(path: Path, files: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size, info.mtime = len(data), 1.5  # a broken second makes a pax header of its own
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+@pytest.fixture
+def image(make_jpeg: Callable[..., bytes], make_photo: Callable[..., Any]) -> bytes:
+    return make_jpeg(make_photo(16, 16))
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_passes_paths_with_spaces_and_a_tilde_as_one_word() -> None:
+    given = ["DATA=/data/my images ü/train", "SHARDS=~/two  words"]
+    environment = {"PATH": os.environ["PATH"], "HOME": "/home/me"}  # without the flags of a make around this test
+    command = ["make", "--dry-run", "--no-print-directory", "shards", *given]
+    printed = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+    words = shlex.split(printed.splitlines()[-1])
+    assert words[1:6] == ["-m", "shards", "pack", "--source", "/data/my images ü/train"]
+    assert words[6:] == ["--output", "/home/me/two words"]  # make joins what it expands by one space
+
+
+def test_links_to_classes_nested_folders_and_any_case_are_images_and_hidden_files_are_not(
+    tmp_path: Path, image: bytes
+) -> None:
+    source = tmp_path / "die Bilder ü"
+    for name in ("a/x.JPG", "a/y.Jpeg", "b/in/deeper/z.JPEG", "elsewhere/l.jpg"):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_bytes(image)
+    (source / "elsewhere").rename(tmp_path / "elsewhere")
+    (source / "linked").symlink_to(tmp_path / "elsewhere")
+    (source / "empty").mkdir()
+    for name in ("a/._x.JPG", "a/.DS_Store", "a/.jpg"):
+        (source / name).write_bytes(b"\0\5\26\7")
+    manifest = packed(source, tmp_path / "out ü")
+    assert manifest.class_names == ("a", "b", "empty", "linked")
+    assert manifest.counts == {"quarantined": 0, "verbatim": 4}
+    names = ("a/x.JPG", "a/y.Jpeg", "b/in/deeper/z.JPEG", "linked/l.jpg")
+    assert set(load_index(tmp_path / "out ü").uid.tolist()) == {name_uid(name) for name in names}
+    found = recognise(source, SourceOptions())
+    assert len(list(found.items())) == 4
+    assert found.ignored == {"hidden files": 3}
+
+
+def test_a_tar_is_told_by_its_first_image_not_by_what_lies_before_it(tmp_path: Path, image: bytes) -> None:
+    members = {"./._train": b"x", "README.txt": b"hello", "./train/a/1.jpg": image, "./train/b/2.jpg": image}
+    manifest = packed(tar_of(tmp_path / "x.tar", members), tmp_path / "out")
+    assert manifest.source["kind"] == "a tar of class folders (2 classes)"
+    assert sorted(load_index(tmp_path / "out").label.tolist()) == [0, 1]
+    inner = {f"./{name}": tar_of(tmp_path / "inner", {"./1.JPEG": image}).read_bytes() for name in ("b.tar", "a.tar")}
+    hidden = {"./._a.tar": b"\0\5\26\7", "notes.txt": b""}
+    manifest = packed(tar_of(tmp_path / "y.tar", hidden | inner), tmp_path / "out2")
+    assert (manifest.source["kind"], manifest.class_names) == ("a tar of 2 class tars", ("a", "b"))
+
+
+def test_a_tar_of_several_splits_is_refused(tmp_path: Path, image: bytes) -> None:
+    tar = tar_of(tmp_path / "x.tar", {"train/a/1.jpg": image, "val/a/1.jpg": image})
+    with pytest.raises(UserError, match="holds images of the folders train, val, which are splits, not classes"):
+        packed(tar, tmp_path / "out")
+
+
+def test_what_is_no_source_at_all_is_named(tmp_path: Path, image: bytes) -> None:
+    (tmp_path / "a.jpg").write_bytes(image)
+    with pytest.raises(UserError, match=r"a.jpg: one image. Give the folder that it lies in"):
+        packed(tmp_path / "a.jpg", tmp_path / "out")
+    with pytest.raises(UserError, match="/dev/null: neither a file nor a folder"):
+        packed(Path("/dev/null"), tmp_path / "out")
+    (tmp_path / "a.zip").write_bytes(b"PK\3\4")
+    with pytest.raises(UserError, match="compressed with zip"):
+        packed(tmp_path / "a.zip", tmp_path / "out")
+    tar_of(tmp_path / "text.tar", {"a.txt": b"x"})
+    with pytest.raises(UserError, match="a tar without images and without class tars"):
+        packed(tmp_path / "text.tar", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (["cat", "dog"], "of type string, not integers"),
+        ([0.5, 1.0], "of type double, not integers"),
+        ([0, -3], "row 1 has the label -3"),
+    ],
+)
+def test_parquet_labels_that_are_no_class_numbers_are_refused(
+    tmp_path: Path, image: bytes, labels: list[Any], message: str
+) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "train-00000-of-00294.parquet"
+    parquet.write_table(pyarrow.table({"image": [image, image], "label": labels}), path)
+    (tmp_path / "._train-00000-of-00294.parquet").write_bytes(b"\0\5\26\7")
+    with pytest.raises(UserError, match=message):
+        packed(tmp_path, tmp_path.parent / "out")
+
+
+def test_the_first_parquet_files_of_a_stream_with_plain_bytes_and_absent_labels_are_packed(
+    tmp_path: Path, make_jpeg: Callable[..., bytes], make_photo: Callable[..., Any]
+) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    (tmp_path / "in").mkdir()
+    for number in range(2):
+        images = [make_jpeg(make_photo(8, 8 + 2 * number + row)) for row in range(2)]
+        table = pyarrow.table({"image": pyarrow.array(images, pyarrow.large_binary()), "label": [number, None]})
+        parquet.write_table(table, tmp_path / f"in/train-{number:05d}-of-00294.parquet")
+    packed(tmp_path / "in", tmp_path / "out")
+    index = load_index(tmp_path / "out")
+    assert dict(zip(index.width.tolist(), index.label.tolist(), strict=True)) == {8: 0, 9: -1, 10: 1, 11: -1}
+
+
+def test_a_folder_that_may_not_be_read_is_not_called_unwritable(
+    tmp_path: Path, make_class_folders: MakeFolders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_class_folders(tmp_path / "in", 2, 2)
+    locked = str(tmp_path / "in" / "n01440764")
+    real = os.scandir
+
+    def scandir(path: Any) -> Any:
+        if str(path) == locked:
+            raise PermissionError(errno.EACCES, "Permission denied", locked)
+        return real(path)
+
+    monkeypatch.setattr("shards.sources.folders.os.scandir", scandir)
+    with pytest.raises(UserError, match=r"n01440764: cannot be read \(Permission denied\). Make it readable"):
+        packed(tmp_path / "in", tmp_path / "out")
+
+
+def test_what_may_not_be_written_or_has_no_folder_is_named(tmp_path: Path) -> None:
+    for named in (tmp_path / "out", tmp_path / "out/a/b", tmp_path, tmp_path / "out.tmp-7", None):
+        with (
+            pytest.raises(UserError, match=r"out: cannot be written \(Read-only"),
+            explain_disk_errors(tmp_path / "out"),
+        ):
+            raise OSError(errno.EROFS, "Read-only file system", None if named is None else str(named))
+    with pytest.raises(UserError, match=r"x.jpg: its folder .*none does not exist. Make it"):
+        write_atomic(tmp_path / "none" / "x.jpg", b"")
+
+
+def test_a_shard_that_may_not_be_read_is_a_fault_of_that_shard(
+    tmp_path: Path, make_class_folders: MakeFolders, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_class_folders(tmp_path / "in", 1, 2)
+    packed(tmp_path / "in", tmp_path / "out")
+    real = Path.open
+
+    def refusing(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path.name in ("shard-000000.tar", "classes.json"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", refusing)
+    assert [str(fault) for fault in verify(tmp_path / "out", workers=1, progress=False)] == [
+        "classes.json: cannot be read: Permission denied",
+        "shard-000000.tar: cannot be read: Permission denied",
+    ]
+    assert main(["inspect", str(tmp_path / "out"), "0"]) == 2
+    assert "shard-000000.tar: Permission denied. Check the path and its permissions." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"workers": 0}, "workers is 0"), ({"seed": 1 << 63}, "seed is 9223372036854775808. It is an integer of 64 bits")],
+)
+def test_arguments_out_of_range_are_refused(
+    tmp_path: Path, make_class_folders: MakeFolders, options: dict[str, int], message: str
+) -> None:
+    make_class_folders(tmp_path / "in", 1, 1)
+    with pytest.raises(UserError, match=message):
+        pack(tmp_path / "in", tmp_path / "out", progress=False, **options)
+
+
+def test_a_sheet_of_no_images_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(tmp_path), "--sheet", "x.png", "--number", "0"]) == 2
+    assert "--number is 0" in capsys.readouterr().err

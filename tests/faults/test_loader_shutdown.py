@@ -37,13 +37,6 @@ def shards(tmp_path_factory):
     return folder / "shards"
 
 
-@pytest.fixture(params=["cpu", "torch", "dali"])
-def backend(request):
-    if request.param == "dali":
-        pytest.importorskip("nvidia.dali", reason="needs DALI: pip install nvidia-dali-cuda130")
-    return request.param
-
-
 def _open(shards, backend="cpu", **changes):
     return open_loader(
         shards, device="cpu", backend=backend, global_batch_size=4, seed=0, augmentation=SMALL, num_threads=2,

@@ -33,13 +33,6 @@ def shards(tmp_path_factory):
     return folder / "shards"
 
 
-@pytest.fixture(params=["torch", "dali", "cpu"])
-def backend(request):
-    if request.param == "dali":
-        pytest.importorskip("nvidia.dali", reason="needs DALI: pip install nvidia-dali-cuda130")
-    return request.param
-
-
 def _open(shards, backend, device="cuda", **changes):
     arguments = {"global_batch_size": BATCH, "seed": 1, "augmentation": preset("dino"), "num_threads": 4}
     return open_loader(shards, device=device, backend=backend, **(arguments | changes))

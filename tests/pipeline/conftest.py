@@ -42,14 +42,6 @@ def small():
     return Augmentation(num_local_crops=2, global_crops_size=48, local_crops_size=24, patch_size=8, mask_patch_size=16)
 
 
-@pytest.fixture(params=["cpu", "torch", "dali"])
-def backend(request):
-    """Each crop backend by name; DALI's is skipped where it is not installed."""
-    if request.param == "dali":
-        pytest.importorskip("nvidia.dali", reason="needs DALI: pip install nvidia-dali-cuda130")
-    return request.param
-
-
 @pytest.fixture
 def make_crops(source):
     """Crop rows with a backend, in batches, and return what it made sample by sample."""

@@ -20,10 +20,10 @@ from cache_tools.format import (
     canonical_json,
     no_locks,
     read_json,
-    sync_folder,
-    write_atomic,
+    write_small,
 )
 from cache_tools.shard_file import REPAIR, FileRecord
+from shards.atomic import sync_folder
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def write_commit(paths: Paths, view_set: int, commit: Commit) -> None:
         "fingerprint": commit.fingerprint,
         "files": {name: record.to_json() for name, record in commit.files.items()},
     }
-    write_atomic(paths.commit(view_set, commit.shard), canonical_json(value) + b"\n")
+    write_small(paths.commit(view_set, commit.shard), canonical_json(value) + b"\n")
 
 
 def read_commit(paths: Paths, view_set: int, shard: int, spec: CacheSpec, fingerprint: str) -> Commit:
@@ -139,7 +139,7 @@ def write_manifest(paths: Paths, spec: CacheSpec, fingerprint: dict[str, Any]) -
             "bytes_per_view_set": spec.view_set_bytes(),
             "view_sets": finished,
         }
-        write_atomic(paths.manifest, canonical_json(value) + b"\n")
+        write_small(paths.manifest, canonical_json(value) + b"\n")
     return finished
 
 

@@ -15,6 +15,7 @@ from typing import Any, Literal, cast
 import numpy as np
 
 from cache_tools.errors import CacheCorrupt, CacheIncomplete, CacheMismatch
+from shards.atomic import open_atomic, sync_folder
 from shards.errors import UserError
 
 FORMAT_VERSION = 1
@@ -165,15 +166,6 @@ class Paths:
         return sorted(int(path.name[1:]) for path in self.data.glob("v*") if path.name[1:].isdigit())
 
 
-def sync_folder(folder: Path) -> None:
-    """Make renames in `folder` durable."""
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
 @contextmanager
 def cache_lock(root: Path) -> Iterator[None]:
     """Hold the right to write what is not a shard's own: the layout and the manifest. Waits for it."""
@@ -196,25 +188,18 @@ def no_locks(path: Path, error: OSError) -> UserError:
     )
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Put a small file in place: temporary name in the same folder, fsync, rename, fsync of the folder.
+def partial_path(path: Path) -> Path:
+    """Return the name under which a file or folder of the cache is written.
 
-    The caller holds the lock that covers `path`, so the temporary name is fixed and a killed writer's is overwritten.
+    Its writer holds the lock that covers it, so one name is enough; the next build overwrites what a killed one left.
     """
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(
-            f"{path}: writing {len(data)} bytes failed: {error.strerror} (errno {error.errno}). What was committed "
-            "before is kept. Free some space, or mend the disk, and run the same build again."
-        ) from error
-    sync_folder(path.parent)
+    return path.with_name(f".{path.name}.partial")
+
+
+def write_small(path: Path, data: bytes) -> None:
+    """Write a small file at once; the caller holds the lock that covers it. Raises UserError where the disk refuses."""
+    with open_atomic(path, temporary=partial_path(path)) as file:
+        file.write(data)
 
 
 def canonical_json(value: object) -> bytes:
@@ -354,7 +339,7 @@ def _published(root: Path, final: Path) -> Iterator[Path | None]:
         if final.exists():
             yield None
             return
-        temporary = root / f".{final.name}.partial"
+        temporary = partial_path(root / final.name)
         shutil.rmtree(temporary, ignore_errors=True)
         yield temporary
         for folder, _, files in os.walk(temporary):

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from cache_tools.crc import crc32c, crc32c_join, crc32c_rows
 from cache_tools.errors import CacheCorrupt
-from cache_tools.format import CRC_BYTES, ArrayLayout
+from cache_tools.format import CRC_BYTES, ArrayLayout, partial_path
 from shards.errors import UserError
 
 Bytes = npt.NDArray[np.uint8]
@@ -54,14 +54,6 @@ class FileRecord:
     def from_json(value: dict[str, Any]) -> FileRecord:
         """Read what `to_json` wrote."""
         return FileRecord(int(value["bytes"]), int(value["crc32c"]), int(value["head"]))
-
-
-def partial_path(path: Path) -> Path:
-    """Return the name under which a chunk file is written.
-
-    A shard's owner holds its lock, so one name is enough; the next build overwrites what a killed one left there.
-    """
-    return path.with_name(f".{path.name}.partial")
 
 
 def write_all(fd: int, buffers: Sequence[memoryview]) -> None:

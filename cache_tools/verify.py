@@ -22,12 +22,13 @@ from cache_tools.format import (
     cache_lock,
     create_view_set,
     foreign_fields,
+    partial_path,
     read_attributes,
-    write_atomic,
+    write_small,
 )
 from cache_tools.join import unpack_ids
 from cache_tools.read import TeacherCache
-from cache_tools.shard_file import REPAIR, FileRecord, partial_path
+from cache_tools.shard_file import REPAIR, FileRecord
 from cache_tools.source import DirectSource, RowSource, open_source
 from cache_tools.write import ReadCrops
 from shards.errors import UserError
@@ -153,7 +154,7 @@ def _restore_metadata(paths: Paths, view_set: int, spec: CacheSpec) -> None:
         with cache_lock(paths.root):
             for path in broken:
                 path.parent.mkdir(exist_ok=True)
-                write_atomic(path, (fresh.data / path.relative_to(paths.data)).read_bytes())
+                write_small(path, (fresh.data / path.relative_to(paths.data)).read_bytes())
 
 
 def _verify_shard(

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from cache_tools.codec import EncodedRows, NotStorable
 from cache_tools.commit import Commit, committed_shards, shard_lock, write_commit
-from cache_tools.format import CacheSpec, Paths, sync_folder
+from cache_tools.format import CacheSpec, Paths
 from cache_tools.join import CropBatch, pack_ids
 from cache_tools.shard_file import ShardFileWriter
+from shards.atomic import sync_folder
 from shards.errors import UserError
 
 
@@ -112,6 +113,7 @@ class ShardWriter:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="cache-writer")
         self._last: Future[None] | None = None
         self._files: dict[str, ShardFileWriter] = {}
+        self._commit_started = False
         try:
             for array in spec.arrays():
                 path = paths.chunk(view_set, array, shard)
@@ -139,6 +141,7 @@ class ShardWriter:
         if self._last is not None:
             self._last.result()
         self._last = self._pool.submit(self._commit)
+        self._commit_started = True
 
     def commit(self) -> None:
         """Commit and wait for it; what failed in the thread is raised here, and the shard's files are removed."""
@@ -173,8 +176,8 @@ class ShardWriter:
         write_commit(self.paths, self.view_set, Commit(self.shard, rows, self.fingerprint, records))
 
     def abort(self) -> None:
-        """Remove what was written."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        """Remove what was written; a commit that was started comes to its end first, and stays if it succeeds."""
+        self._pool.shutdown(wait=True, cancel_futures=not self._commit_started)
         for file in self._files.values():
             file.abort()
 

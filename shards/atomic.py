@@ -37,6 +37,11 @@ def explain_disk_errors(path: Path) -> Iterator[None]:
                 f"{path}: cannot be written ({error.strerror}). "
                 "Make the folder writable, or choose another, and run the same command again."
             ) from error
+        if error.errno == errno.EIO:
+            raise UserError(
+                f"{error.filename or path}: the disk fails ({error.strerror}). "
+                "Mend or change it and run the same command again: what is finished is kept."
+            ) from error
         if error.errno == errno.ENOENT and not path.parent.exists():
             raise UserError(
                 f"{path}: its folder {path.parent} does not exist. Make it, or give another place."
@@ -52,13 +57,18 @@ def _is_place(named: str, path: Path) -> bool:
 
 
 @contextmanager
-def open_atomic(path: Path) -> Iterator[BinaryIO]:
+def open_atomic(path: Path, *, temporary: Path | None = None) -> Iterator[BinaryIO]:
     """Open a file for writing that appears under `path`, whole and synced, only if the block ends well.
 
+    Args:
+        path: the final name.
+        temporary: the name until then, in the same folder. By default one of this process alone; a writer who
+            holds a lock gives a fixed one, so that what a killed writer left is overwritten.
+
     Raises:
-        UserError: the disk is full or the place cannot be written.
+        UserError: the disk is full or failing, or the place cannot be written.
     """
-    temporary = path.with_name(f"{path.name}{TEMPORARY_MARK}{os.getpid()}")
+    temporary = temporary or path.with_name(f"{path.name}{TEMPORARY_MARK}{os.getpid()}")
     try:
         with explain_disk_errors(path):
             with temporary.open("wb") as file:

@@ -18,9 +18,8 @@ from cache_tools.build import BuildRequest, run_build
 from cache_tools.commit import shard_lock
 from cache_tools.cost import check_disk
 from cache_tools.errors import CacheIncomplete
-from cache_tools.format import Paths
+from cache_tools.format import Paths, partial_path
 from cache_tools.read import TeacherCache
-from cache_tools.shard_file import partial_path
 from cache_tools.synthetic import SyntheticReader, SyntheticTeacher, synthetic_batch, synthetic_request
 from cache_tools.verify import verify_cache
 from cache_tools.write import CropGroup

@@ -167,6 +167,8 @@ def test_what_may_not_be_written_or_has_no_folder_is_named(tmp_path: Path) -> No
             explain_disk_errors(tmp_path / "out"),
         ):
             raise OSError(errno.EROFS, "Read-only file system", None if named is None else str(named))
+    with pytest.raises(UserError, match=r"x.tar: the disk fails \(Input/output error"), explain_disk_errors(tmp_path):
+        raise OSError(errno.EIO, "Input/output error", "x.tar")
     with pytest.raises(UserError, match=r"x.jpg: its folder .*none does not exist. Make it"):
         write_atomic(tmp_path / "none" / "x.jpg", b"")
 

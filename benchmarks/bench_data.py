@@ -43,22 +43,30 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--images", type=int, default=128, help="images of the data set")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--shards", type=Path, help="measure on these shards instead of made images")
+    parser.add_argument("--only", choices=("cpu", "gpu"), help="leave the other's rows out")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "data.csv")
     options = parser.parse_args(arguments)
+    if options.only == "gpu" and not torch.cuda.is_available():
+        parser.error("--only gpu: torch sees no CUDA device")
     images, rounds = (BATCH, 2) if options.quick else (options.images, options.rounds)
     torch.set_num_threads(1)
     random.seed(0)
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         shards = options.shards or _made_shards(Path(folder), images)
-        measured = measure(cpu_rows(shards, images, stack, quick=options.quick), rounds)
-        measured += busy_rows(shards, rounds)
-        if torch.cuda.is_available():
-            measured += gpu_rows(shards, quick=options.quick)
+        if options.only != "gpu":
+            measured = measure(cpu_rows(shards, images, stack, quick=options.quick), rounds)
+            measured += busy_rows(shards, rounds)
+            _report(options.results, measured)
+            _print_ratios(measured)
+        if options.only != "cpu" and torch.cuda.is_available():
+            _report(options.results, gpu_rows(shards, quick=options.quick))
+
+
+def _report(results: Path, measured: list[Measurement]) -> None:
     print_table(measured)
-    _print_ratios(measured)
-    append_rows(options.results, measured)
-    print(f"appended {len(measured)} rows to {options.results}")
+    append_rows(results, measured)
+    print(f"appended {len(measured)} rows to {results}", flush=True)
 
 
 def _made_shards(folder: Path, images: int) -> Path:

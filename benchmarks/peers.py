@@ -21,8 +21,8 @@ class TorchvisionRecipe:
     """The multi-crop transform of DINOv3's published code, composed of torchvision v2's public transforms.
 
     Random resized crop (bicubic) and flip of the PIL image; colour jitter with probability 0.8, gray 0.2; blur
-    with probability 1, 0.1, 0.5 and solarize 0.2 on the second global crop; then a tensor, and with
-    `normalise` also float32 and the ImageNet statistics, as published.
+    with the stated probability 1, 0.1, 0.5, as our backends, and solarize 0.2 on the second global crop; then a
+    tensor, and with `normalise` also float32 and the ImageNet statistics, as published.
     """
 
     def __init__(self, a: Augmentation, *, normalise: bool) -> None:

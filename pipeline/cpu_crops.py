@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from pipeline.crops import BackendOptions, BadSampleError, CropRequest, Crops, CropWork
+from pipeline.crops import BackendOptions, CropRequest, Crops, CropWork, finished
 
 BLUR_TAPS = 9
 SOLARIZE_THRESHOLD = 128
@@ -86,14 +86,7 @@ class CpuCrops:
     def collect(self) -> Crops:
         """Wait for the oldest request's images."""
         batch = self._in_flight.popleft()
-        bad = {}
-        for i, future in enumerate(batch.done):
-            try:
-                future.result()
-            except ValueError as error:
-                bad[i] = str(error)
-        if bad:
-            raise BadSampleError(bad)
+        finished(batch.done)
         return Crops(*(self._to_device(t) for t in (batch.global_crops, batch.local_crops, batch.clean_crops)))
 
     def reset(self) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +15,8 @@ from torch import Tensor
 from pipeline.augmentation import Augmentation
 from pipeline.plan import CropPlan
 from shards.errors import UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,23 @@ class BadSampleError(Exception):
         """Hold the reason for each bad position of the request."""
         super().__init__(str(dict(reasons)))
         self.reasons = dict(reasons)
+
+
+def finished(tasks: Sequence[Future[T]]) -> list[T]:
+    """Wait for one task a sample and give their results.
+
+    Raises:
+        BadSampleError: with the reasons of all tasks that ended in a ValueError.
+    """
+    results, bad = [], {}
+    for i, task in enumerate(tasks):
+        try:
+            results.append(task.result())
+        except ValueError as error:
+            bad[i] = str(error)
+    if bad:
+        raise BadSampleError(bad)
+    return results
 
 
 class CropBackend(Protocol):

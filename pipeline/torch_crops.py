@@ -21,7 +21,7 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
 from pipeline.cpu_crops import BLUR_TAPS, SOLARIZE_THRESHOLD, decode
-from pipeline.crops import BackendOptions, BadSampleError, CropRequest, Crops, CropWork
+from pipeline.crops import BackendOptions, CropRequest, Crops, CropWork, finished
 from pipeline.plan import CropPlan
 
 _KEYS_A = -0.5
@@ -188,14 +188,7 @@ class TorchCrops:
     def collect(self) -> Crops:
         """Wait for the oldest request's images and crop them."""
         batch = self._in_flight.popleft()
-        images, bad = [], {}
-        for i, future in enumerate(batch.images):
-            try:
-                images.append(future.result())
-            except ValueError as error:
-                bad[i] = str(error)
-        if bad:
-            raise BadSampleError(bad)
+        images = finished(batch.images)
         w, n, plan = self._work, len(images), batch.request.plan
         g, device = w.num_global, self._device
         global_crops = _empty(g, n, w.global_size, device) if w.distorted else None

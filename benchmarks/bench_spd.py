@@ -2,8 +2,9 @@
 
 Each path computes the loss of the same tokens [B, n, 384] against the same teacher logarithms, and its gradient
 in the tokens. Rounds go through all paths in random order and a ratio is taken within a round; figures are
-medians. The floor is the time of the least traffic and arithmetic at the copy bandwidth and matrix product rate
-measured in the same run.
+medians. The floor is the time of the least traffic and arithmetic at the copy bandwidth and matrix product rates
+measured in the same run. On CUDA times are between events, and the paths that a graph can hold are measured from a
+graph too ("_graph"): the difference is the launches. A shape whose paths are slow gets fewer rounds.
 
     python -m benchmarks.bench_spd [--quick] [--device cpu|cuda] [--write_choice]
 """
@@ -14,6 +15,7 @@ import argparse
 import csv
 import functools
 import json
+import math
 import platform
 import random
 import statistics
@@ -32,7 +34,7 @@ from kernels.spd.eigh import plain_eigh_loss
 from kernels.spd.poles import rational_log
 from kernels.spd.precision import full_fp32
 from kernels.spd.resolvent import cholesky_loss
-from kernels.spd.solver import batched_eigh, cupy_eigh_available, torch_loops_over_matrices
+from kernels.spd.solver import batched_eigh, solver_for
 from kernels.spd.synthetic_tokens import synthetic_tokens
 
 RESULTS = Path(__file__).parent / "results" / "spd.csv"
@@ -40,6 +42,10 @@ CHANNELS = 384
 EPS = 1.0
 BASELINE = "eigh_loewner"
 CHOICE_BATCH = 128
+ROUNDS = {"cuda": 30, "cpu": 7}
+LEAST_ROUNDS = 5
+SECONDS_OF_ROUNDS = {"cuda": 15.0, "cpu": math.inf}
+"""For one shape. Twelve shapes with their warm-up and the compilation are then over in 5 minutes on a GPU."""
 Path_ = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -53,6 +59,7 @@ class Row:
         spread: interquartile range over the median.
         speedup: median over rounds of the baseline's time over this path's in the same round.
         floor_ms: least traffic and arithmetic of the resolvent at the measured rates.
+        solver: whose eigendecomposition "eigh_loewner", "eigh_fused" above n = 64, and "solver_only" are.
     """
 
     path: str
@@ -73,6 +80,19 @@ class Row:
     torch: str
     commit: str
     date: str
+    tf32_tflop_s: float | None
+    fp16_tflop_s: float | None
+    solver: str
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What the device was measured to do: bytes a second of a copy, operations a second of matrix products."""
+
+    copy: float
+    fp32: float
+    tf32: float | None
+    fp16: float | None
 
 
 class _PlainLoss(torch.autograd.Function):
@@ -140,54 +160,82 @@ def paths_for(device: torch.device) -> dict[str, Path_]:
     return paths
 
 
+def replayed(path: Path_, tokens: Tensor, target: Tensor) -> Path_:
+    """The path, forward and backward, captured in a CUDA graph."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = path(tokens, target)
+        torch.autograd.grad(loss, tokens)
+
+    def replay(tokens: Tensor, target: Tensor) -> Tensor:
+        graph.replay()
+        return loss.detach()
+
+    return replay
+
+
+def timed_ms(work: Callable[[], object], device: torch.device) -> float:
+    """Milliseconds of one call, the device idle before and after."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        work()
+        return (time.perf_counter() - start) * 1e3
+    torch.cuda.synchronize()
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    work()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end))
+
+
 def timed(path: Path_, tokens: Tensor, target: Tensor) -> float:
-    """Milliseconds of forward and backward, the device idle before and after."""
+    """Milliseconds of forward and backward."""
     tokens.grad = None
-    on_gpu = tokens.device.type == "cuda"
-    if on_gpu:
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    loss = path(tokens, target)
-    if loss.requires_grad:
-        loss.backward()
-    if on_gpu:
-        torch.cuda.synchronize()
-    return (time.perf_counter() - start) * 1e3
+
+    def step() -> None:
+        loss = path(tokens, target)
+        if loss.requires_grad:
+            loss.backward()
+
+    return timed_ms(step, tokens.device)
 
 
 @functools.cache
-def measured_rates(device: torch.device) -> tuple[float, float]:
-    """Bytes a second of a copy (read and write) and fp32 operations a second of a matrix product."""
+def measured_rates(device: torch.device) -> Rates:
+    """A copy's bytes (read and write), and products in fp32; on CUDA also those that the kernels are made of."""
 
     def best(work: Callable[[], object]) -> float:
-        times = []
-        for _ in range(8):
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            work()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
-        return min(times)
+        return min(timed_ms(work, device) for _ in range(8)) / 1e3
 
-    size = 2**30 if device.type == "cuda" else 2**27
+    on_gpu = device.type == "cuda"
+    size = 2**30 if on_gpu else 2**27
     source = torch.empty(size // 4, device=device)
     destination = torch.empty_like(source)
-    side = 4096 if device.type == "cuda" else 1024
+    side = 8192 if on_gpu else 1024
     square = torch.randn(side, side, device=device)
     with full_fp32(device):
-        matmul = best(lambda: square @ square)
-    return 2 * size / best(lambda: destination.copy_(source)), 2 * side**3 / matmul
+        fp32 = 2 * side**3 / best(lambda: square @ square)
+        tf32 = fp16 = None
+        if on_gpu:
+            torch.backends.cuda.matmul.fp32_precision = "tf32"  # full_fp32 puts back what was there
+            tf32 = 2 * side**3 / best(lambda: square @ square)
+            half = square.half()
+            fp16 = 2 * side**3 / best(lambda: half @ half)
+    return Rates(2 * size / best(lambda: destination.copy_(source)), fp32, tf32, fp16)
 
 
-def floor_ms(device: torch.device, batch: int, n: int) -> float:
-    """Read A and T, write dA; n^3 (inverse) + 4 n^3 (gradient) operations a pole, the Gram and its gradient."""
-    bandwidth, rate = measured_rates(device)
-    num_poles = len(rational_log(EPS, n).poles)
-    operations = batch * (5 * num_poles * n**3 + 6 * n**2 * CHANNELS)
-    traffic = batch * (3 * n**2 + 3 * n * CHANNELS) * 4
-    return max(operations / rate, traffic / bandwidth) * 1e3
+def floor_ms(rates: Rates, batch: int, n: int) -> float:
+    """Read A and T, write dA; n^3 (inverse) + 4 n^3 (gradient) operations a pole, the Gram and its gradient.
+
+    On CUDA an inverse of fp32 accuracy is three products in TF32 and the gradient's are in fp16.
+    """
+    cubes = batch * len(rational_log(EPS, n).poles) * n**3
+    inverses = cubes / rates.fp32 if rates.tf32 is None else 3 * cubes / rates.tf32
+    gradient = 4 * cubes / (rates.fp16 or rates.fp32)
+    gram = batch * 6 * n**2 * CHANNELS / rates.fp32
+    traffic = batch * (3 * n**2 + 3 * n * CHANNELS) * 4 / rates.copy
+    return max(inverses + gradient + gram, traffic) * 1e3
 
 
 def hardware_name(device: torch.device) -> str:
@@ -215,54 +263,77 @@ def _commit() -> str:
     return (git("rev-parse", "--short", "HEAD") or "unknown") + ("-changed" if changed else "")
 
 
-def measure(device: torch.device, batch: int, n: int, rounds: int) -> list[Row]:
-    """All paths on one shape."""
+def inputs(device: torch.device, batch: int, n: int) -> tuple[Tensor, Tensor]:
+    """Student tokens [B, n, 384] that ask for a gradient, and the teacher's logarithms."""
     tokens = synthetic_tokens("typical", 4, n, CHANNELS, seed=1).float().repeat(-(-batch // 4), 1, 1)[:batch]
     tokens = (tokens + 1e-3 * torch.randn(tokens.shape, generator=torch.Generator().manual_seed(2))).to(device)
-    tokens.requires_grad_()
     teacher = synthetic_tokens("typical", 4, n, 1024, seed=3).float().repeat(-(-batch // 4), 1, 1)[:batch]
     with torch.no_grad():
-        target = spd_logm(token_spd(teacher.to(device), eps=EPS), eps=EPS)
+        return tokens.requires_grad_(), spd_logm(token_spd(teacher.to(device), eps=EPS), eps=EPS)
+
+
+def warmed_up(device: torch.device, tokens: Tensor, target: Tensor) -> dict[str, Path_]:
+    """All paths of this shape, compiled, their caches and pools filled; on CUDA with the graphs of two."""
     paths = paths_for(device)
-    for path in paths.values():  # compile, warm caches and pools
-        for _ in range(3 if device.type == "cuda" else 1):
-            timed(path, tokens, target)
+    for path in paths.values():
+        for attempt in range(3 if device.type == "cuda" else 1):
+            if timed(path, tokens, target) > 1e3 and attempt:  # the first may have compiled
+                break
+    if device.type == "cuda" and "resolvent" in paths:
+        in_one_launch = tokens.shape[1] <= triton_launch.JACOBI_LIMIT
+        for name in ("resolvent", "eigh_fused") if in_one_launch else ("resolvent",):
+            paths[f"{name}_graph"] = replayed(paths[name], tokens, target)
+            timed(paths[f"{name}_graph"], tokens, target)
+    return paths
+
+
+def measure(device: torch.device, batch: int, n: int, rounds: int) -> list[Row]:
+    """All paths on one shape."""
+    tokens, target = inputs(device, batch, n)
+    paths = warmed_up(device, tokens, target)
     times: dict[str, list[float]] = {name: [] for name in paths}
     order = list(paths)
     shuffle = random.Random(0)
-    for _ in range(rounds):
+    began = time.perf_counter()
+    for done in range(rounds):
+        if done >= LEAST_ROUNDS and time.perf_counter() - began > SECONDS_OF_ROUNDS[device.type]:
+            break
         shuffle.shuffle(order)
         for name in order:
             times[name].append(timed(paths[name], tokens, target))
-    bandwidth, rate = measured_rates(device)
-    rows = []
-    for name, of_path in times.items():
-        median = statistics.median(of_path)
-        low, _, high = statistics.quantiles(of_path, n=4)
-        speedup = statistics.median(base / own for base, own in zip(times[BASELINE], of_path, strict=True))
-        rows.append(
-            Row(
-                name,
-                device.type,
-                hardware_name(device),
-                batch,
-                n,
-                "float32",
-                EPS,
-                float(f"{median:.4g}"),
-                round((high - low) / median, 3),
-                float(f"{speedup:.3g}"),
-                rounds,
-                float(f"{floor_ms(device, batch, n):.3g}"),
-                round(bandwidth / 1e9, 1),
-                float(f"{rate / 1e12:.3g}"),
-                torch.get_num_threads(),
-                torch.__version__,
-                _commit(),
-                time.strftime("%Y-%m-%d"),
-            )
-        )
-    return rows
+    rates = measured_rates(device)
+    return [_row(device, name, of_path, times[BASELINE], rates, target) for name, of_path in times.items()]
+
+
+def _row(
+    device: torch.device, name: str, times: list[float], of_baseline: list[float], rates: Rates, target: Tensor
+) -> Row:
+    batch, n, _ = target.shape
+    median = statistics.median(times)
+    low, _, high = statistics.quantiles(times, n=4)
+    return Row(
+        path=name,
+        device=device.type,
+        hardware=hardware_name(device),
+        batch=batch,
+        n=n,
+        dtype="float32",
+        eps=EPS,
+        milliseconds=float(f"{median:.4g}"),
+        spread=round((high - low) / median, 3),
+        speedup=float(f"{statistics.median(b / own for b, own in zip(of_baseline, times, strict=True)):.3g}"),
+        rounds=len(times),
+        floor_ms=float(f"{floor_ms(rates, batch, n):.3g}"),
+        copy_gb_s=round(rates.copy / 1e9, 1),
+        matmul_tflop_s=float(f"{rates.fp32 / 1e12:.3g}"),
+        threads=torch.get_num_threads(),
+        torch=torch.__version__,
+        commit=_commit(),
+        date=time.strftime("%Y-%m-%d"),
+        tf32_tflop_s=rates.tf32 and float(f"{rates.tf32 / 1e12:.3g}"),
+        fp16_tflop_s=rates.fp16 and float(f"{rates.fp16 / 1e12:.3g}"),
+        solver=solver_for(target),
+    )
 
 
 def append(path: Path, rows: Sequence[Any]) -> None:
@@ -294,14 +365,14 @@ def main() -> None:
     """Measure, print, and append to the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two small shapes, printed and not kept")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--write_choice", action="store_true", help="let backend='auto' use these figures")
     arguments = parser.parse_args()
-    device = torch.device(arguments.device)
-    if device.type == "cuda" and torch_loops_over_matrices() and not cupy_eigh_available():
+    device = torch.device(arguments.device, 0) if arguments.device == "cuda" else torch.device("cpu")
+    if solver_for(torch.empty(1, 196, 196, device=device)) == "torch, one by one":
         print(f"torch {torch.__version__} solves matrices one by one: '{BASELINE}' is no baseline here.")
     shapes = [(b, n) for n in (36, 64, 196, 256) for b in (32, 128, 256)]
-    rounds = 30 if device.type == "cuda" else 7
+    rounds = ROUNDS[device.type]
     if arguments.quick:
         shapes, rounds = [(8, 36), (8, 64)], 3
     print(f"{'path':20}{'B':>5}{'n':>5}{'ms':>10}{'spread':>8}{'speed-up':>10}{'floor ms':>10}   {device}")

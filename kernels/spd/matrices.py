@@ -36,7 +36,7 @@ def _check_tokens(tokens: Tensor) -> None:
 
 
 def _check_eps(eps: float) -> None:
-    if not (math.isfinite(eps) and eps > 0):
+    if not 0 < eps < math.inf:  # comparisons, which the compiler traces where eps changes between calls
         raise ValueError(
             f"eps: the lower end of the spectrum must be a positive finite number, got {eps}. "
             "Use the default 1.0 or a sweep such as 1, 0.3, 0.1."
@@ -139,9 +139,9 @@ def reduce_tokens(
     batch, _, channels = tokens.shape
     image = tokens.reshape(batch, height, width, channels)
     if method == "sample":
-        rows = _window_middles(height, plan.factor)
-        columns = _window_middles(width, plan.factor)
-        return image[:, rows][:, :, columns].reshape(batch, plan.num_tokens, channels)
+        rows = _window_middles(height, plan.factor, tokens.device)
+        columns = _window_middles(width, plan.factor, tokens.device)
+        return image.index_select(1, rows).index_select(2, columns).reshape(batch, plan.num_tokens, channels)
     # A window cut by the edge averages the tokens it has.
     pooled = torch.nn.functional.avg_pool2d(
         image.permute(0, 3, 1, 2), plan.factor, ceil_mode=True, count_include_pad=False
@@ -149,5 +149,7 @@ def reduce_tokens(
     return pooled.flatten(2).mT
 
 
-def _window_middles(length: int, factor: int) -> list[int]:
-    return [(start + min(start + factor, length) - 1) // 2 for start in range(0, length, factor)]
+def _window_middles(length: int, factor: int, device: torch.device) -> Tensor:
+    """Made on the device: a list as an index would be copied there in every step, and the host would wait."""
+    start = torch.arange(0, length, factor, device=device)
+    return (start + (start + factor).clamp_max(length) - 1) // 2

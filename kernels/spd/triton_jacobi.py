@@ -10,7 +10,7 @@ their operands through scratch that stays in the cache, because five unrolled pr
 import triton
 import triton.language as tl
 
-from kernels.spd.triton_math import dot_fp32, log_divided_difference
+from kernels.spd.triton_math import dot_fp32_cut, log_divided_difference
 
 
 @triton.jit
@@ -67,7 +67,7 @@ def product(left, left_row, left_column, right, right_row, right_column, SIZE: t
         at = k + depth
         x = tl.load(left + r[:, None] * left_row + at[None, :] * left_column)
         y = tl.load(right + at[:, None] * right_row + r[None, :] * right_column)
-        result += dot_fp32(x, y)
+        result += dot_fp32_cut(x, y)
     return result
 
 

@@ -9,7 +9,7 @@ neither the scaled vectors, nor the logarithm, nor the Loewner matrix are writte
 import triton
 import triton.language as tl
 
-from kernels.spd.triton_math import dot_fp32, log_divided_difference, lower_tile
+from kernels.spd.triton_math import dot_fp32_cut, log_divided_difference, lower_tile
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -52,7 +52,7 @@ def log_map_kernel(
             other=0.0,
         )
         logs = tl.log(tl.load(eigenvalues + b * n + at, mask=at < n, other=1.0))
-        value += dot_fp32(left * logs[None, :], right)
+        value += dot_fp32_cut(left * logs[None, :], right)
 
     inside = (row[:, None] < n) & (column[None, :] < n)
     inside_t = (column[:, None] < n) & (row[None, :] < n)
@@ -95,7 +95,7 @@ def loewner_kernel(vectors, product, eigenvalues, out, n, TILE: tl.constexpr, DE
             mask=(at[:, None] < n) & (column[None, :] < n),
             other=0.0,
         )
-        value += dot_fp32(left, right)
+        value += dot_fp32_cut(left, right)
 
     of_row = tl.load(eigenvalues + b * n + row, mask=row < n, other=1.0)
     of_column = tl.load(eigenvalues + b * n + column, mask=column < n, other=1.0)

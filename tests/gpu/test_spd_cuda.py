@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from kernels.spd import log_euclidean_loss, spd_logm, token_spd, triton_launch
+from kernels.spd import cusolver, log_euclidean_loss, reduce_tokens, spd_logm, token_spd, triton_launch
 from kernels.spd.ops import log_loss_op
 from kernels.spd.poles import rational_log
 from kernels.spd.reference import reference_logm, reference_loss_and_gradient
@@ -112,6 +112,49 @@ def test_captured_graph_replays_on_new_tokens(backend, n):
     graph.replay()
     assert torch.equal(loss, expected[0])
     assert torch.equal(gradient, expected[1])
+
+
+@pytest.mark.parametrize("method", ["pool", "sample"])
+def test_whole_loss_and_its_gradient_in_a_captured_graph(method):
+    """From the tokens of a 28 x 28 grid to their gradient: nothing on the way waits for the host."""
+    tokens = torch.randn(4, 784, 64, device="cuda", requires_grad=True)
+    teacher = torch.randn(4, 784, 96, device="cuda")
+
+    def step():
+        with torch.no_grad():
+            target = spd_logm(token_spd(reduce_tokens(teacher, (28, 28), method)), backend="resolvent")
+        loss = log_euclidean_loss(reduce_tokens(tokens, (28, 28), method), target, backend="resolvent")
+        return loss.detach(), *torch.autograd.grad(loss, tokens)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = step()
+    with torch.no_grad():
+        tokens.copy_(torch.randn_like(tokens))
+    graph.replay()
+    expected = step()
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("n", [33, 49, 196, 256])
+def test_cusolver_called_directly_diagonalises(dtype, n):
+    if cusolver.load_library() is None:
+        pytest.skip("this cuSOLVER has no batched solver")
+    matrices = batch("near_duplicates", n)[0].to("cuda", dtype)
+    values, vectors = cusolver.batched_eigh(matrices)
+    roundoff = UNIT_ROUNDOFF if dtype == torch.float32 else 2.0**-53
+    bound = n * roundoff * (n + 1)  # backward stable: n u times the norm
+    assert bool((values.diff(dim=1) >= 0).all())
+    assert frobenius(matrices @ vectors - vectors * values[:, None, :]) <= bound
+    assert frobenius(vectors.mT @ vectors - torch.eye(n, device="cuda", dtype=dtype)) <= n * n**0.5 * roundoff
+    assert float((values.cpu().double() - torch.linalg.eigvalsh(matrices.cpu().double())).abs().max()) <= bound
 
 
 @both

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels.spd import choice, solver, spd_logm
+from kernels.spd import choice, cusolver, solver, spd_logm
 from kernels.spd.choice import Measurement, choose
 
 CPU = Measurement("cpu", "a processor", 36, eigh_ms=1.0, resolvent_speedup=0.5)
@@ -90,26 +90,35 @@ class _Matrices:
     shape = (8, 196, 196)
 
 
-def test_looping_torch_without_cupy_warns_once_and_goes_on(monkeypatch, caplog):
+@pytest.fixture
+def looping_torch(monkeypatch):
     solver._say_once.cache_clear()
     monkeypatch.setattr(solver, "torch_loops_over_matrices", lambda: True)
-    monkeypatch.setattr(solver, "cupy_eigh_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
+
+
+def test_looping_torch_without_a_batched_solver_warns_once_and_goes_on(looping_torch, monkeypatch, caplog):
+    monkeypatch.setattr(cusolver, "load_library", lambda: None)
     monkeypatch.setattr(torch.linalg, "eigh", lambda matrices: ("values", "vectors"))
     for _ in range(2):
         assert solver.batched_eigh(_Matrices()) == ("values", "vectors")
     assert len(caplog.messages) == 1
-    assert "8 times a call; install torch >= 2.12 or CuPy >= 14" in caplog.messages[0]
+    assert "8 times a call, and this cuSOLVER has no batched solver; install torch >= 2.12" in caplog.messages[0]
 
 
-def test_looping_torch_with_cupy_uses_the_batched_solver(monkeypatch, caplog):
-    solver._say_once.cache_clear()
-    monkeypatch.setattr(solver, "torch_loops_over_matrices", lambda: True)
-    monkeypatch.setattr(solver, "cupy_eigh_available", lambda: True)
-    monkeypatch.setattr(solver, "_cupy_eigh", lambda matrices: ("batched", "batched"))
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    assert solver.batched_eigh(_Matrices()) == ("batched", "batched")
-    assert "eigh runs through CuPy" in caplog.text
+def test_looping_torch_calls_the_batched_solver_and_says_so_once(looping_torch, monkeypatch, caplog):
+    monkeypatch.setattr(cusolver, "load_library", lambda: "a library")
+    monkeypatch.setattr(cusolver, "batched_eigh", lambda matrices: ("batched", "batched"))
+    for _ in range(2):
+        assert solver.batched_eigh(_Matrices()) == ("batched", "batched")
+    assert len(caplog.messages) == 1
+    assert "eigh calls cuSOLVER's batched solver" in caplog.messages[0]
+
+
+def test_small_matrices_stay_with_torch(looping_torch):
+    small = _Matrices()
+    small.shape = (8, 32, 32)
+    assert solver.solver_for(small) == "torch"
 
 
 def test_batched_eigh_on_the_cpu_is_torchs(monkeypatch):
@@ -135,10 +144,3 @@ def test_loss_runs_where_triton_is_not_installed():
     )
     # log(2 I) has squared norm 4 log(2)^2, over n = 4.
     assert done.stdout.split() == ["0.4805", "0.4805"], done.stderr
-
-
-def test_absent_cupy_is_no_error(monkeypatch):
-    solver.cupy_eigh_available.cache_clear()
-    monkeypatch.setitem(sys.modules, "cupy", None)
-    assert solver.cupy_eigh_available() is False
-    solver.cupy_eigh_available.cache_clear()

@@ -74,6 +74,22 @@ def test_second_step_does_not_recompile(backend):
 
 
 @both
+def test_one_compiled_step_takes_a_sweep_over_eps_and_n(backend):
+    torch._dynamo.reset()
+
+    def step(student, teacher, eps):
+        with torch.no_grad():
+            target = spd_logm(token_spd(teacher, eps=eps), eps=eps, backend=backend)
+        return log_euclidean_loss(student, target, eps=eps, backend=backend)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for n, eps in ((9, 1.0), (9, 0.3), (9, 0.1), (12, 0.1)):
+        student, teacher = tokens_for(n)
+        expected = step(student, teacher, eps)
+        assert relative(compiled(student, teacher, eps), expected) <= COMPILED_TOLERANCE / eps
+
+
+@both
 def test_autocast_in_eager_changes_nothing(backend):
     step = step_for(backend)
     plain = loss_and_gradient(step, *tokens_for())

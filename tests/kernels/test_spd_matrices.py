@@ -4,6 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from kernels.spd import channel_spd, plan_reduction, reduce_tokens, token_spd
 from kernels.spd.reference import reference_token_spd
@@ -153,3 +156,24 @@ def test_reduction_refuses_a_grid_that_does_not_fit():
         reduce_tokens(torch.zeros(1, 196, 4), (14, 14), "mean")
     with pytest.raises(ValueError, match=r"grid, limit: positive sizes are needed"):
         plan_reduction((0, 14))
+
+
+class DevicesOfArguments(TorchDispatchMode):
+    """Remembers where the tensors are that operations are given."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        leaves = tree_leaves((args, kwargs or {}))
+        self.seen |= {leaf.device.type for leaf in leaves if isinstance(leaf, torch.Tensor)}
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", ["pool", "sample"])
+def test_nothing_is_copied_from_the_host_to_make_the_matrices(method):
+    """Such a copy makes the host wait and cannot be captured in a CUDA graph."""
+    with FakeTensorMode(), DevicesOfArguments() as devices:
+        token_spd(reduce_tokens(torch.empty(2, 784, 8, device="cuda"), (28, 28), method))
+    assert devices.seen == {"cuda"}

@@ -12,6 +12,13 @@ import triton.language as tl
 from kernels.spd.triton_math import dot_fp32_cut, log_divided_difference, lower_tile
 
 
+@triton.jit
+def load_tile(base, row, column, row_stride, column_stride, n):
+    """Entries (row, column) of an n x n matrix with these strides, zero outside."""
+    at = row[:, None] * row_stride + column[None, :] * column_stride
+    return tl.load(base + at, mask=(row[:, None] < n) & (column[None, :] < n), other=0.0)
+
+
 @triton.jit(do_not_specialize=["n"])
 def log_map_kernel(
     vectors,
@@ -41,16 +48,8 @@ def log_map_kernel(
     value = tl.zeros((TILE, TILE), tl.float32)
     for k in range(0, n, DEPTH):
         at = k + depth
-        left = tl.load(
-            vectors + base + row[:, None] * n + at[None, :],
-            mask=(row[:, None] < n) & (at[None, :] < n),
-            other=0.0,
-        )
-        right = tl.load(
-            vectors + base + column[None, :] * n + at[:, None],
-            mask=(column[None, :] < n) & (at[:, None] < n),
-            other=0.0,
-        )
+        left = load_tile(vectors + base, row, at, n, 1, n)
+        right = load_tile(vectors + base, at, column, 1, n, n)
         logs = tl.log(tl.load(eigenvalues + b * n + at, mask=at < n, other=1.0))
         value += dot_fp32_cut(left * logs[None, :], right)
 
@@ -85,16 +84,8 @@ def loewner_kernel(vectors, product, eigenvalues, out, n, TILE: tl.constexpr, DE
     value = tl.zeros((TILE, TILE), tl.float32)
     for k in range(0, n, DEPTH):
         at = k + depth
-        left = tl.load(
-            vectors + base + at[None, :] * n + row[:, None],
-            mask=(row[:, None] < n) & (at[None, :] < n),
-            other=0.0,
-        )
-        right = tl.load(
-            product + base + at[:, None] * n + column[None, :],
-            mask=(at[:, None] < n) & (column[None, :] < n),
-            other=0.0,
-        )
+        left = load_tile(vectors + base, row, at, 1, n, n)
+        right = load_tile(product + base, at, column, n, 1, n)
         value += dot_fp32_cut(left, right)
 
     of_row = tl.load(eigenvalues + b * n + row, mask=row < n, other=1.0)

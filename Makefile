@@ -1,13 +1,18 @@
 # `make` prints this list: each target's own `##` comment.
 PYTHON ?= python3
 VENV := .venv
+STAMP := $(VENV)/.installed
+# PY=python3 takes an interpreter that has the packages already (a machine without a network) and installs nothing.
+ifeq ($(origin PY),undefined)
 PY := $(VENV)/bin/python
+INSTALLED := $(STAMP)
+endif
 # One process for one GPU, torchrun for more. For several nodes: TORCHRUN="--nnodes 2 --rdzv-endpoint HOST:PORT".
 # Signals reach the ranks, which write a checkpoint and leave; torchrun kills what is left after two minutes.
 TORCHRUN ?= --standalone
 SIGNALS := --signals-to-handle SIGTERM,SIGINT,SIGUSR1 --shutdown-timeout 120
-RANKS = $(if $(filter 1,$(NGPU)),$(PY),$(VENV)/bin/torchrun $(TORCHRUN) $(SIGNALS) --nproc-per-node $(NGPU))
-STAMP := $(VENV)/.installed
+LAUNCH = $(PY) -m torch.distributed.run $(TORCHRUN) $(SIGNALS) --nproc-per-node $(NGPU)
+RANKS = $(if $(filter 1,$(NGPU)),$(PY),$(LAUNCH))
 NGPU ?= 1
 ARGS ?=
 export OMP_NUM_THREADS ?= 1
@@ -20,7 +25,7 @@ path = "$(if $(filter ~/%,$(firstword $1)),$(patsubst ~/%,$(HOME)/%,$1),$1)"
 help: ## Print this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
-setup: $(STAMP) ## Create .venv and install the pinned dependencies (once)
+setup: $(INSTALLED) ## Create .venv and install the pinned dependencies (once)
 
 # The stamp is written last: an install that was cut short is taken up again, a finished one is not repeated.
 $(STAMP): requirements.lock
@@ -86,9 +91,12 @@ bench: setup ## Measure data path, cache and kernel on this machine; rows go to 
 	$(PY) -m benchmarks.bench_cache $(ARGS)
 	$(PY) -m benchmarks.bench_spd $(ARGS)
 
-bench-gpu: setup ## The same on a GPU, each figure beside its roofline
+bench-gpu: setup ## The same on a GPU, each figure beside its floor; backend=auto then goes by the kernel's rows
 	@$(PY) -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "bench-gpu: torch sees no CUDA device")'
-	$(MAKE) bench
+	$(PY) -m benchmarks.bench_spd --device cuda --write_choice
+	$(PY) -m benchmarks.spd_accuracy --device cuda
+	$(PY) -m benchmarks.bench_data --only gpu
+	$(PY) -m benchmarks.bench_cache
 
 test-gpu: setup ## Hardware against CPU; skipped visibly without a GPU
 	$(PY) -m pytest -q tests/gpu $(ARGS)

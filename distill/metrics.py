@@ -20,8 +20,8 @@ from distill.runtime import Ranks
 from distill.step import METRICS
 from shards.errors import UserError
 
-# What one console line shows, of all that metrics.jsonl holds.
-_SHOWN = ("loss", "dino_kl", "ibot_kl", "koleo", "cls", "spd", "images_per_second", "data_wait")
+# What one console line shows, of all that metrics.jsonl holds; terms without a weight are 0 and left out.
+_SHOWN = ("dino_kl", "ibot_kl", "koleo", "cls", "spd", "patch", "mse", "gram", "softmax_gram")
 
 PHASES = ("data_wait", "targets", "student", "optimizer")
 _STALL_LIMIT = 0.03
@@ -177,7 +177,8 @@ class MetricsLog:
 
     def _write(self, line: dict[str, Any]) -> None:
         self._append(line)
-        shown = "  ".join(f"{name} {line[name]:.4g}" for name in _SHOWN)
+        names = ["loss", *(name for name in _SHOWN if line[name]), "images_per_second", "data_wait"]
+        shown = "  ".join(f"{name} {line[name]:.4g}" for name in names)
         if self._bar is not None:
             self._bar.set_postfix_str(shown, refresh=False)
         else:

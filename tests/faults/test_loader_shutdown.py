@@ -49,10 +49,11 @@ def _own_threads():
 
 
 def _children():
-    found = []
+    """Child processes of this one; an earlier test may have left a helper of Python's own, such as its tracker."""
+    found = set()
     for task in Path("/proc/self/task").iterdir():
         with contextlib.suppress(FileNotFoundError):  # a thread that has just ended
-            found += (task / "children").read_text().split()
+            found |= set((task / "children").read_text().split())
     return found
 
 
@@ -69,6 +70,7 @@ def _shared_memory():
 
 @pytest.mark.parametrize("end", ["close", "with", "drop", "exception"])
 def test_no_thread_is_left_however_the_loop_ends(shards, backend, end):
+    before = _children()
     if end == "close":
         loader = _open(shards, backend)
         next(loader)
@@ -89,7 +91,7 @@ def test_no_thread_is_left_however_the_loop_ends(shards, backend, end):
             next(loader)
             raise ZeroDivisionError
     assert _own_threads() == []
-    assert _children() == []
+    assert _children() <= before
 
 
 def test_closing_before_the_first_batch_ends_at_once(shards, backend):

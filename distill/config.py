@@ -189,7 +189,7 @@ class DataConfig:
     teacher_photometric: bool = False
     """The teacher sees the student's photometric distortions too; then all of them are replayed."""
     data_seed: int = 0
-    """Seed of crops, order and masks; a cache is bound to the one it was built with."""
+    """Seed of crops, order, masks and prototypes; a cache is bound to the one it was built with."""
     backend: Literal["auto", "dali", "cpu", "torch"] = "auto"
     """Who decodes and crops."""
     num_threads: int = 4
@@ -210,7 +210,7 @@ class RuntimeConfig:
     output_dir: str = "runs/default"
     """Folder of checkpoints, logs and config.json. The same command again resumes."""
     seed: int = 0
-    """Seed of the student's initialisation, of stochastic depth and of the prototypes."""
+    """Seed of the student's initialisation and of stochastic depth."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU where there is one."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"

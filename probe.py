@@ -24,6 +24,10 @@ import tyro
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+from common.atomic import write_atomic
+from common.command import run_command
+from common.device import pick_device
+from common.errors import UserError
 from distill.config import TrainConfig
 from distill.evaluation import figures
 from distill.evaluation.features import (
@@ -45,8 +49,6 @@ from distill.evaluation.sources import ProbedModel, SourceContext, load_source, 
 from distill.evaluation.split import subset_rows
 from pipeline.backend import choose_backend
 from pipeline.loader import CenterCropBatch, read_center_crops
-from shards.atomic import write_atomic
-from shards.errors import UserError
 from shards.format import load_manifest
 from shards.index import load_index
 
@@ -304,10 +306,7 @@ def pca_figure(entries: Mapping[str, FeatureModel], data: ProbeData, stage: Stag
 
 def make_stage(config: ProbeConfig, run: TrainConfig | None) -> Stage:
     """Resolve image size, device, dtype and backend."""
-    available = torch.cuda.is_available()
-    if config.device == "cuda" and not available:
-        raise UserError("--device cuda: torch finds no CUDA device. Use --device cpu, or a machine with a GPU.")
-    device = torch.device("cuda" if available and config.device != "cpu" else "cpu")
+    device = pick_device(config.device)
     low = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
     default_size = run.data.global_crops_size if run is not None else DEFAULT_IMG_SIZE
     return Stage(
@@ -400,12 +399,7 @@ def main() -> int:
     """Command line; returns the exit status."""
     description = (__doc__ or "").splitlines()[0]
     config = tyro.cli(ProbeConfig, prog="probe.py", use_underscores=True, description=description)
-    try:
-        probe(config)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command(lambda: probe(config))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import logging
 import sys
 from collections import deque
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ import torch
 
 from cache_tools.fingerprint import cache_fingerprint
 from cache_tools.read import TeacherCache
+from common.command import run_command
+from common.errors import UserError
 from distill.checkpoint import CheckpointWriter, load_newest
 from distill.config import TrainConfig
 from distill.evaluation.in_training import student_knn
@@ -46,7 +48,6 @@ from distill.teacher import FrozenTeacher, load_teacher
 from kernels.spd import plan_reduction
 from pipeline.batch import MultiCropBatch
 from pipeline.loader import MultiCropLoader, open_loader, read_teacher_crops
-from shards.errors import UserError
 from shards.format import load_manifest
 
 
@@ -350,28 +351,32 @@ def describe_start(
     )
 
 
+@contextmanager
+def explain_memory(config: TrainConfig) -> Iterator[None]:
+    """Turn "out of GPU memory" into a UserError that names the batch to try."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        batch, parts = config.optim.batch_size_per_gpu, config.optim.accumulation_steps
+        raise UserError(
+            f"out of GPU memory at --batch_size_per_gpu {batch} ({str(error).splitlines()[0]}). Try "
+            f"--batch_size_per_gpu {max(batch // 2, 1)}, or keep the global batch with --accumulation_steps "
+            f"{2 * parts}. The run resumes from its last checkpoint."
+        ) from error
+
+
 def main() -> int:
     """Run from the command line; return the exit status."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        config = parse_config()
+    config = parse_config()
+
+    def work() -> None:
         if not config.data.data_path:
             raise UserError("--data_path: missing. Give the folder of shards, as in --data_path shards/train.")
-        with process_group(config.runtime) as ranks:
+        with process_group(config.runtime) as ranks, explain_memory(config):
             train(config, ranks)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except torch.OutOfMemoryError as error:
-        half = max(config.optim.batch_size_per_gpu // 2, 1)
-        print(
-            f"error: out of GPU memory at --batch_size_per_gpu {config.optim.batch_size_per_gpu} "
-            f"({str(error).splitlines()[0]}). Try --batch_size_per_gpu {half}, or keep the global batch with "
-            f"--accumulation_steps {2 * config.optim.accumulation_steps}. The run resumes from its last checkpoint.",
-            file=sys.stderr,
-        )
-        return 2
-    return 0
+
+    return run_command(work)
 
 
 if __name__ == "__main__":

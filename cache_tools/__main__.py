@@ -21,7 +21,8 @@ from cache_tools.read import TeacherCache
 from cache_tools.speed import measure_reading
 from cache_tools.stats import describe_cache, describe_row, token_stats
 from cache_tools.verify import repair_cache, verify_against_teacher, verify_cache
-from shards.errors import UserError
+from common.command import run_command
+from common.device import pick_device
 from shards.format import load_manifest
 from shards.index import load_index
 
@@ -45,14 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Teacher outputs in Zarr: build once, train many times.",
         use_underscores=True,
     )
-    try:
-        return _run(command)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("Interrupted. Finished shards are kept; the same command continues from here.", file=sys.stderr)
-        return 130
+    return run_command(lambda: _run(command))
 
 
 def _run(command: object) -> int:
@@ -92,7 +86,7 @@ def _print(value: object) -> None:
 
 def _build(command: Build) -> int:
     options = command.teacher
-    device = options.place()
+    device = pick_device(options.device)
     report = build_cache(
         options.shards,
         command.cache,
@@ -137,7 +131,7 @@ def _verify(command: Verify) -> int:
 
 def _verify_teacher(command: Verify) -> int:
     options = command.teacher_options(read_attributes(command.cache)["fingerprint"])
-    device = options.place()
+    device = pick_device(options.device)
     teacher = options.teacher(device)
     expect = cache_fingerprint(
         manifest=load_manifest(options.shards),
@@ -159,7 +153,7 @@ def _verify_teacher(command: Verify) -> int:
 
 def _calibrate(command: Calibrate) -> int:
     options = command.teacher
-    device = options.place()
+    device = pick_device(options.device)
     rows = np.arange(min(command.rows, load_manifest(options.shards).num_rows), dtype=np.int64)
     report = measure_features(
         options.teacher(device),

@@ -34,11 +34,11 @@ from cache_tools.format import (
 )
 from cache_tools.quality import measure_codec
 from cache_tools.write import CropGroup, ReadCrops, TeacherCrops, ViewSetBuild, group_sizes, regroup
+from common.errors import UserError
 from distill.targets import TeacherTargets
 from pipeline.augmentation import Augmentation
 from pipeline.backend import choose_backend
 from pipeline.readers import read_teacher_crops
-from shards.errors import UserError
 from shards.format import load_manifest
 
 DEFAULT_CALIBRATION_ROWS = 2048

@@ -13,7 +13,7 @@ from cache_tools.calibration import ChannelMoments
 from cache_tools.format import CODECS, CacheSpec, CodecName
 from cache_tools.quality import CodecQuality, measure_codec
 from cache_tools.write import TeacherCrops
-from shards.errors import UserError
+from common.errors import UserError
 
 # int8 is recommended where it leaves both of these; on spectra like a ViT's it leaves about 0.6 % and 0.99995.
 MOST_LOG_GRAM_ERROR = 0.015

@@ -14,7 +14,7 @@ from torch import Tensor
 from cache_tools.codec import Calibration
 from cache_tools.errors import CacheCorrupt
 from cache_tools.format import CacheSpec, Paths
-from shards.errors import UserError
+from common.errors import UserError
 
 # A channel with no more spread than this share of the others' is standardised by this share: a divisor near zero
 # would let later data in that channel set the scale of whole tokens.

@@ -21,8 +21,8 @@ from jaxtyping import Float, Int8
 from torch import Tensor
 
 from cache_tools.format import CodecName
+from common.errors import UserError
 from distill.targets import TeacherTargets
-from shards.errors import UserError
 
 CODE_MAX = 127
 FP16_HALF_SUBNORMAL = 2.0**-25

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,13 +15,13 @@ from cache_tools.format import (
     CacheSpec,
     Paths,
     cache_lock,
-    canonical_json,
-    no_locks,
     read_json,
     write_small,
 )
 from cache_tools.shard_file import REPAIR, FileRecord
-from shards.atomic import sync_folder
+from common.atomic import sync_folder
+from common.hashing import canonical_json
+from common.locks import file_lock
 
 
 @dataclass(frozen=True)
@@ -101,20 +99,10 @@ def shard_lock(paths: Paths, view_set: int, shard: int) -> Iterator[bool]:
     whoever takes a lock must therefore look for the record again.
     """
     path = paths.commits(view_set) / f".lock.{shard:06d}"
-    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        except OSError as error:
-            raise no_locks(path, error) from error
-        yield True
-        if paths.commit(view_set, shard).exists():
+    with file_lock(path, timeout=0) as held:
+        yield held
+        if held and paths.commit(view_set, shard).exists():
             path.unlink(missing_ok=True)
-    finally:
-        os.close(fd)
 
 
 def remove_spent_locks(paths: Paths) -> None:

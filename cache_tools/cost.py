@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cache_tools.commit import committed_shards
 from cache_tools.format import CacheSpec, Paths
-from shards.errors import UserError
+from common.errors import UserError
 
 # File system metadata, commit records and what else grows beside the data.
 SPARE_BYTES = 64 << 20

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shards.errors import UserError
+from common.errors import UserError
 
 
 class CacheMismatch(UserError):

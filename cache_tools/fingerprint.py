@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any
 
 from cache_tools.errors import CacheMismatch
-from cache_tools.format import CodecName, canonical_json
+from cache_tools.format import CodecName
+from common.hashing import json_sha256
 from pipeline.augmentation import Augmentation
 from pipeline.plan import PLAN_VERSION, box_test_vector
 from shards.format import Manifest
@@ -67,7 +67,7 @@ def cache_fingerprint(
 
 def fingerprint_sha256(fingerprint: Json) -> str:
     """Return the hash that every commit record carries."""
-    return hashlib.sha256(canonical_json(fingerprint)).hexdigest()
+    return json_sha256(fingerprint)
 
 
 def flatten(value: object, prefix: str = "") -> dict[str, object]:

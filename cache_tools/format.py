@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -15,8 +14,9 @@ from typing import Any, Literal, cast
 import numpy as np
 
 from cache_tools.errors import CacheCorrupt, CacheIncomplete, CacheMismatch
-from shards.atomic import open_atomic, sync_folder
-from shards.errors import UserError
+from common.atomic import open_atomic, sync_folder
+from common.errors import UserError
+from common.locks import file_lock
 
 FORMAT_VERSION = 1
 CodecName = Literal["int8", "fp16"]
@@ -169,23 +169,8 @@ class Paths:
 @contextmanager
 def cache_lock(root: Path) -> Iterator[None]:
     """Hold the right to write what is not a shard's own: the layout and the manifest. Waits for it."""
-    fd = os.open(root / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
-        except OSError as error:
-            raise no_locks(root, error) from error
+    with file_lock(root / ".lock"):
         yield
-    finally:
-        os.close(fd)
-
-
-def no_locks(path: Path, error: OSError) -> UserError:
-    """Return what to tell where files cannot be locked."""
-    return UserError(
-        f"{path}: this file system has no file locks ({error.strerror}), so two builds could write one shard. Build "
-        "on another file system and copy the finished cache."
-    )
 
 
 def partial_path(path: Path) -> Path:
@@ -200,11 +185,6 @@ def write_small(path: Path, data: bytes) -> None:
     """Write a small file at once; the caller holds the lock that covers it. Raises UserError where the disk refuses."""
     with open_atomic(path, temporary=partial_path(path)) as file:
         file.write(data)
-
-
-def canonical_json(value: object) -> bytes:
-    """Return the one JSON text of a value: sorted keys, no spaces."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
 
 
 def array_metadata(array: ArrayLayout, spec: CacheSpec) -> dict[str, Any]:

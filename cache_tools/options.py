@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +18,12 @@ from cache_tools.build import DEFAULT_CALIBRATION_ROWS
 from cache_tools.fingerprint import flatten
 from cache_tools.format import CodecName
 from cache_tools.write import TeacherCrops
+from common.errors import UserError
 from distill.config import DEFAULT_TEACHER, DataConfig, TeacherConfig
 from distill.teacher import FrozenTeacher, load_teacher
 from pipeline.augmentation import Augmentation, preset
 from pipeline.backend import choose_backend
 from pipeline.readers import read_teacher_crops
-from shards.errors import UserError
 
 PRESETS = ("dino", "dinov2_released")
 CachePath = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CACHE")]
@@ -75,20 +74,6 @@ class TeacherOptions:
             mask_ratio=0.0,
             patch_size=1,
         )
-
-    def place(self) -> torch.device:
-        """Return this process's device; UserError where there is none."""
-        if self.device == "cpu" or (self.device == "auto" and not torch.cuda.is_available()):
-            return torch.device("cpu")
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(
-                f"--device {self.device}: local rank {local_rank}, this machine has {torch.cuda.device_count()} CUDA "
-                "devices. Check `nvidia-smi`, ask for fewer with NGPU, or pass --device cpu."
-            )
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-        return device
 
     def teacher(self, device: torch.device) -> FrozenTeacher:
         """Load the frozen teacher."""

@@ -24,8 +24,8 @@ from cache_tools.format import CacheSpec, Paths, read_attributes
 from cache_tools.host_rows import HostRows
 from cache_tools.join import CropBatch, RowTable, unpack_ids
 from cache_tools.source import RowSource, open_source
+from common.errors import UserError
 from distill.targets import TeacherTargets
-from shards.errors import UserError
 
 Verify = Literal["always", "once", "off"]
 # Host buffers that may wait for their copies to the device before a fetch waits too.

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from cache_tools.crc import crc32c, crc32c_join, crc32c_rows
 from cache_tools.errors import CacheCorrupt
 from cache_tools.format import CRC_BYTES, ArrayLayout, partial_path
-from shards.errors import UserError
+from common.errors import UserError
 
 Bytes = npt.NDArray[np.uint8]
 ABSENT = np.uint64(2**64 - 1)

@@ -11,7 +11,7 @@ from cache_tools.commit import committed_shards
 from cache_tools.format import CacheSpec, Paths, read_attributes
 from cache_tools.join import SPEC_FIELDS
 from cache_tools.read import TeacherCache
-from shards.errors import UserError
+from common.errors import UserError
 
 
 def describe_cache(root: Path) -> dict[str, Any]:

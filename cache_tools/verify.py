@@ -31,7 +31,7 @@ from cache_tools.read import TeacherCache
 from cache_tools.shard_file import REPAIR, FileRecord
 from cache_tools.source import DirectSource, RowSource, open_source
 from cache_tools.write import ReadCrops
-from shards.errors import UserError
+from common.errors import UserError
 from shards.index import ShardIndex
 
 # A cached token against the same teacher run again. int8 alone leaves 0.9999; bf16 in batches of other shapes costs up

@@ -18,8 +18,8 @@ from cache_tools.commit import Commit, committed_shards, shard_lock, write_commi
 from cache_tools.format import CacheSpec, Paths
 from cache_tools.join import CropBatch, pack_ids
 from cache_tools.shard_file import ShardFileWriter
-from shards.atomic import sync_folder
-from shards.errors import UserError
+from common.atomic import sync_folder
+from common.errors import UserError
 
 
 class TeacherCrops(CropBatch, Protocol):

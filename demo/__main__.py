@@ -15,12 +15,13 @@ import time
 import torch
 import tyro
 
+from common.command import run_command
+from common.errors import UserError
 from demo.images import compose_images
 from demo.report import write_crop_sheet, write_summary
 from demo.settings import CROP_FLAGS, STUDENT_FLAGS, TRAIN_FLAGS, VIEW_SETS, DemoConfig
 from demo.teacher import PATCH_SIZE, train_teacher
 from pipeline.augmentation import Augmentation, preset
-from shards.errors import UserError
 
 
 def run_demo(config: DemoConfig) -> None:
@@ -126,12 +127,7 @@ def main() -> int:
     os.environ["OMP_NUM_THREADS"] = str(os.cpu_count() or 1)
     torch.set_num_threads(os.cpu_count() or 1)
     config = tyro.cli(DemoConfig, prog="python -m demo", use_underscores=True, description=__doc__)
-    try:
-        run_demo(config)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command(lambda: run_demo(config))
 
 
 if __name__ == "__main__":

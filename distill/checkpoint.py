@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import re
@@ -15,11 +14,12 @@ import torch
 from timm.models.eva import Eva
 from torch import Tensor
 
+from common.atomic import remove_temporaries, write_atomic
+from common.errors import UserError
+from common.hashing import file_sha256
 from distill.config import RuntimeConfig
 from distill.models import create_student
 from distill.run_folder import load_config
-from shards.atomic import remove_temporaries, write_atomic
-from shards.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ class CheckpointWriter:
         try:
             path = self.folder / f"step_{step:09d}.pt"
             write_atomic(path, lambda file: torch.save(state, file))
-            record = {"step": step, "bytes": path.stat().st_size, "sha256": _file_sha256(path)}
+            record = {"step": step, "bytes": path.stat().st_size, "sha256": file_sha256(path)}
             write_atomic(path.with_suffix(".json"), json.dumps(record).encode())
             self._remove_old()
         except (OSError, UserError) as error:
@@ -122,7 +122,7 @@ def load_newest(run_dir: Path) -> tuple[int, dict[str, Any]] | None:
     """
     saved = list_checkpoints(run_dir)
     for checkpoint in reversed(saved):
-        if checkpoint.path.is_file() and _file_sha256(checkpoint.path) == checkpoint.sha256:
+        if checkpoint.path.is_file() and file_sha256(checkpoint.path) == checkpoint.sha256:
             state = torch.load(checkpoint.path, map_location="cpu", weights_only=True)
             return checkpoint.step, state
         log.warning("%s: missing or not the bytes that were written; taking the one before it.", checkpoint.path)
@@ -189,8 +189,3 @@ class HostStage:
         if isinstance(value, list):
             return [self._copy(item, f"{name}[{i}]") for i, item in enumerate(value)]
         return value
-
-
-def _file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -12,9 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from common.errors import UserError
 from pipeline.augmentation import Augmentation
 from pipeline.augmentation import preset as augmentation_preset
-from shards.errors import UserError
 
 DEFAULT_TEACHER = "vit_large_patch16_dinov3.lvd1689m"
 

@@ -24,12 +24,13 @@ from safetensors.torch import save_file
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
+from common.atomic import explain_disk_errors, sync_folder
+from common.command import run_command
+from common.errors import UserError
 from distill.checkpoint import load_student
 from distill.config import TrainConfig
 from distill.model_card import Card, render_card, teacher_licence
 from pipeline.batch import IMAGENET_MEAN, IMAGENET_STD
-from shards.atomic import explain_disk_errors, sync_folder
-from shards.errors import UserError
 
 WEIGHTS, CONFIG, HUBCONF, CARD, SUMS = (
     "model.safetensors",
@@ -251,13 +252,14 @@ def _sync_files(folder: Path) -> None:
 
 def main() -> int:
     """Command line; returns the exit status."""
-    try:
-        folder = export_run(tyro.cli(ExportArgs, use_underscores=True, description=(__doc__ or "").splitlines()[0]))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    arguments = tyro.cli(ExportArgs, use_underscores=True, description=(__doc__ or "").splitlines()[0])
+    return run_command(lambda: export_and_say(arguments))
+
+
+def export_and_say(arguments: ExportArgs) -> None:
+    """Export, and say how to load what was written."""
+    folder = export_run(arguments)
     print(f'{folder}: written and verified. timm.create_model("local-dir:{folder}", pretrained=True) loads it.')
-    return 0
 
 
 if __name__ == "__main__":

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from common.errors import UserError
 from distill.microbatch import StepInputs
 from distill.step import DistillStep
-from shards.errors import UserError
 
 # Compiled and eager fp32 code differ by reassociated sums: about sqrt(tokens) * 2^-24 = 1e-5 a parameter, and 100
 # times that where sums cancel.

@@ -15,10 +15,10 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
+from common.errors import UserError
 from distill.config import RuntimeConfig
 from distill.runtime import Ranks
 from distill.step import METRICS
-from shards.errors import UserError
 
 # What one console line shows, of all that metrics.jsonl holds; terms without a weight are 0 and left out.
 _SHOWN = ("dino_kl", "ibot_kl", "koleo", "cls", "spd", "patch", "mse", "gram", "softmax_gram")

@@ -13,8 +13,8 @@ from timm.layers import apply_rot_embed_cat
 from timm.models.eva import Eva
 from torch import Tensor, nn
 
+from common.errors import UserError
 from distill.config import StudentConfig
-from shards.errors import UserError
 
 FAMILY = ("vit_tiny", "vit_small", "vit_base", "vit_large")
 

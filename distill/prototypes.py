@@ -8,7 +8,6 @@ DINO's EMA centring converges to when teacher and data are frozen.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -22,10 +21,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from common.atomic import write_atomic
+from common.errors import UserError
 from distill.config import PrototypeConfig
 from distill.targets import TeacherTargets
-from shards.atomic import write_atomic
-from shards.errors import UserError
+from distill.weights import tensors_sha256
 
 FORMAT_VERSION = 1
 PROTOTYPES = "prototypes.safetensors"
@@ -115,7 +115,7 @@ def save_prototypes(prototypes: Prototypes, path: Path) -> None:
     metadata = {
         "format_version": str(FORMAT_VERSION),
         "fingerprint": json.dumps(prototypes.fingerprint, sort_keys=True),
-        "sha256": _tensors_sha256(tensors),
+        "sha256": tensors_sha256(tensors),
     }
     write_atomic(path, save(tensors, metadata))
 
@@ -137,7 +137,7 @@ def load_prototypes(path: Path, *, expect: dict[str, Any] | None = None) -> Prot
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     except SafetensorError as error:
         raise UserError(f"{path}: not a readable safetensors file ({error}). {advice}") from error
-    if metadata.get("sha256") != _tensors_sha256(tensors):
+    if metadata.get("sha256") != tensors_sha256(tensors):
         raise UserError(f"{path}: its tensors do not have the sha256 that its header states. {advice}")
     fingerprint = json.loads(metadata["fingerprint"])
     if expect is not None:
@@ -261,12 +261,3 @@ def _fit_bank(tokens: Tensor, config: PrototypeConfig, generator: torch.Generato
 def _assign(unit: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
     pairs = [(chunk @ centres.T).max(dim=1) for chunk in unit.split(_ASSIGN_CHUNK)]
     return torch.cat([p.values for p in pairs]), torch.cat([p.indices for p in pairs])
-
-
-def _tensors_sha256(tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from common.atomic import write_atomic
+from common.errors import UserError
 from distill.config import TrainConfig
-from shards.atomic import write_atomic
-from shards.errors import UserError
 
 # Where and how a run executes, not what it computes: these may change between two starts of one run.
 FREE_SETTINGS = frozenset(

@@ -20,9 +20,10 @@ import torch.distributed as dist
 import tyro
 from torch import Tensor, nn
 
+from common.device import pick_device
+from common.errors import UserError
 from distill.config import LOSS_PRESETS, RuntimeConfig, TrainConfig, preset
 from pipeline.batch import MultiCropBatch
-from shards.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,7 @@ def process_group(config: RuntimeConfig) -> Iterator[Ranks]:
     NCCL where each rank has a GPU, gloo on CPUs. The group is destroyed at the end.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    device = _device(config.device, local_rank)
+    device = pick_device(config.device)
     if world_size == 1:
         yield Ranks(0, 1, device)
         return
@@ -88,24 +88,6 @@ def process_group(config: RuntimeConfig) -> Iterator[Ranks]:
         yield Ranks(dist.get_rank(), world_size, device)
     finally:
         dist.destroy_process_group()
-
-
-def _device(wanted: str, local_rank: int) -> torch.device:
-    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise UserError(
-            f"--device {wanted}: torch {torch.__version__} sees no CUDA device. Check `nvidia-smi` and the "
-            "driver, or pass --device cpu."
-        )
-    if local_rank >= torch.cuda.device_count():
-        raise UserError(
-            f"local rank {local_rank}: this machine has {torch.cuda.device_count()} GPUs. "
-            "Ask for at most as many with NGPU."
-        )
-    device = torch.device("cuda", local_rank)
-    torch.cuda.set_device(device)
-    return device
 
 
 def configure_torch(config: RuntimeConfig, device: torch.device) -> bool:

@@ -10,12 +10,12 @@ from jaxtyping import UInt8
 from timm.layers import RotaryEmbeddingDinoV3
 from torch import Tensor
 
+from common.errors import UserError
 from distill.config import TeacherConfig
 from distill.models import create_vit
 from distill.targets import TeacherTargets
-from distill.weights import load_weights, state_dict_sha256
+from distill.weights import load_weights, tensors_sha256
 from pipeline.batch import normalise
-from shards.errors import UserError
 
 LOCAL_DIR = "local-dir:"
 
@@ -93,7 +93,7 @@ class FrozenTeacher:
         rope: Any = getattr(self.model, "rope", None)
         return {
             "architecture": self.arch.removeprefix(LOCAL_DIR).rstrip("/").rsplit("/", 1)[-1],
-            "state_dict_sha256": state_dict_sha256(self.model),
+            "state_dict_sha256": tensors_sha256(self.model.state_dict()),
             "feature_point": "final-norm cls token and patch tokens",
             "dtype": str(self.dtype).removeprefix("torch."),
             "img_size": self.img_size,

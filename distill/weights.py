@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from shards.errors import UserError
+from common.errors import UserError
 
 StateDict = dict[str, Tensor]
 
@@ -100,10 +100,10 @@ def meta_to_timm(state: StateDict, *, has_qkv_bias: bool, where: str) -> StateDi
     return renamed
 
 
-def state_dict_sha256(model: nn.Module) -> str:
-    """Return the sha256 over names, dtypes, shapes and bytes of a state dict, in sorted order of names."""
+def tensors_sha256(tensors: StateDict) -> str:
+    """Return the sha256 over names, dtypes, shapes and bytes of tensors, in sorted order of names."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
-import hashlib
-import json
 from dataclasses import asdict, dataclass, replace
 
-from shards.errors import UserError
+from common.errors import UserError, unknown_name
+from common.hashing import json_sha256
 
 
 @dataclass(frozen=True)
@@ -107,7 +105,7 @@ class Augmentation:
 
     def fingerprint(self) -> str:
         """Sha256 of every field; equal exactly when the whole augmentation is equal."""
-        return _canonical_sha256(asdict(self))
+        return json_sha256(asdict(self))
 
     def geometry_fingerprint(self) -> dict[str, object]:
         """Name everything that decides what the teacher sees of an image, given seed and view set.
@@ -151,14 +149,7 @@ def preset(name: str) -> Augmentation:
     """
     if name in _PRESETS:
         return _PRESETS[name]
-    close = difflib.get_close_matches(name, _PRESETS, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
-    raise UserError(f"augmentation preset: {name!r} is unknown.{hint} There are: {', '.join(_PRESETS)}.")
-
-
-def _canonical_sha256(fields: object) -> str:
-    text = json.dumps(fields, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
+    raise unknown_name("augmentation preset", name, _PRESETS)
 
 
 def _check_counts(a: Augmentation) -> None:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import logging
 import os
 
 import torch
 
+from common.errors import UserError, unknown_name
 from pipeline.cpu_crops import CpuCrops
 from pipeline.crops import BackendOptions, CropBackend, CropWork
 from pipeline.dali import DaliCrops, missing_reason
 from pipeline.torch_crops import TorchCrops
-from shards.errors import UserError
 
 BACKENDS = ("auto", "dali", "cpu", "torch")
 
@@ -62,9 +61,7 @@ def choose_backend(name: str, device: torch.device) -> tuple[str, str]:
 
 def _choose(name: str, device: torch.device) -> tuple[str, str]:
     if name not in BACKENDS:
-        close = difflib.get_close_matches(name, BACKENDS, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise UserError(f"backend: {name!r} is unknown.{hint} There are: {', '.join(BACKENDS)}.")
+        raise unknown_name("backend", name, BACKENDS)
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"device: {str(device)!r} is not supported by the data path. Choose cpu or cuda.")
     if device.type == "cuda" and not torch.cuda.is_available():

@@ -12,9 +12,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from common.errors import UserError
 from pipeline.augmentation import Augmentation
 from pipeline.plan import CropPlan
-from shards.errors import UserError
 
 T = TypeVar("T")
 

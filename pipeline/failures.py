@@ -6,8 +6,8 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from common.errors import UserError
 from pipeline.source import ShardSource
-from shards.errors import UserError
 
 POLICIES = ("raise", "skip")
 

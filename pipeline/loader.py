@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from common.errors import UserError
 from pipeline.augmentation import Augmentation
 from pipeline.backend import choose_backend, default_num_threads, resolve_device
 from pipeline.batch import MultiCropBatch
@@ -28,7 +29,6 @@ from pipeline.plan import PLAN_VERSION, crop_plan, global_crops_spec
 from pipeline.readahead import Readahead
 from pipeline.readers import CenterCropBatch, TeacherCropBatch, read_center_crops, read_teacher_crops
 from pipeline.source import ShardSource
-from shards.errors import UserError
 
 __all__ = [
     "CenterCropBatch", "MultiCropLoader", "TeacherCropBatch", "open_loader", "read_center_crops",

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from common.errors import UserError
 from pipeline.philox import Domain, draw
-from shards.errors import UserError
 
 DEFAULT_BLOCK = 512
 DEFAULT_WINDOW = 32

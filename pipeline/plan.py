@@ -24,9 +24,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from common.errors import UserError
 from pipeline.augmentation import Augmentation
 from pipeline.philox import Domain, UInt64Array, below, draw, happens, ratio, unit
-from shards.errors import UserError
 
 PLAN_VERSION = 1
 

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
+from common.errors import UserError
 from pipeline.augmentation import Augmentation
 from pipeline.backend import choose_backend, default_num_threads, resolve_device
 from pipeline.crops import BackendOptions, BadSampleError, CropRequest, Crops, CropWork, center_work, teacher_work
@@ -24,7 +25,6 @@ from pipeline.order import DEFAULT_BLOCK, DEFAULT_WINDOW
 from pipeline.plan import CropPlan, center_crop_plan, crop_plan, global_crops_spec
 from pipeline.readahead import Readahead
 from pipeline.source import ShardSource
-from shards.errors import UserError
 
 B = TypeVar("B")
 

@@ -14,7 +14,7 @@ import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
-from shards.errors import UserError
+from common.errors import UserError
 from shards.format import load_manifest
 from shards.index import load_index
 

@@ -7,7 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from shards.errors import UserError
+from common.command import run_command
+from common.errors import UserError
 from shards.format import load_manifest
 from shards.inspection import ShardFolder, describe_folder, describe_row, write_image, write_sheet
 from shards.pack import ROWS_PER_SHARD, pack
@@ -19,19 +20,7 @@ from shards.verify import describe_faults, verify
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0, 1 for faults found, 2 for bad input, 130 if interrupted."""
     options = _parser().parse_args(arguments)
-    try:
-        return int(options.run(options))
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except OSError as error:
-        if error.filename is None:
-            raise
-        print(f"{error.filename}: {error.strerror}. Check the path and its permissions.", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("Interrupted. The same command continues from here.", file=sys.stderr)
-        return 130
+    return run_command(lambda: options.run(options))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from shards.errors import UserError
+from common.errors import UserError
+from common.hashing import json_sha256
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -98,17 +99,12 @@ class Manifest:
 
     def fingerprint(self) -> str:
         """Return the sha256, in hex, of the canonical manifest: equal iff all files are equal to the byte."""
-        return hashlib.sha256(canonical_json(asdict(self))).hexdigest()
+        return json_sha256(asdict(self))
 
     def to_json(self) -> bytes:
         """Return the text of `manifest.json`: the fields and, last, their fingerprint."""
         fields = asdict(self) | {"fingerprint": self.fingerprint()}
         return (json.dumps(fields, indent=1) + "\n").encode()
-
-
-def canonical_json(value: object) -> bytes:
-    """Return the one JSON text of a value: keys sorted, no spaces, ASCII."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode("ascii")
 
 
 def load_manifest(shards_dir: str | Path) -> Manifest:

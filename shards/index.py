@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from shards.errors import UserError
+from common.errors import UserError
 from shards.format import INDEX_NAME, Manifest, check_files, load_manifest
 
 COLUMN_DTYPES: dict[str, npt.DTypeLike] = {

@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
 
-from shards.atomic import write_atomic
-from shards.errors import UserError
+from common.atomic import write_atomic
+from common.errors import UserError
 from shards.format import Manifest, RowFlag, is_key, load_manifest, name_uid
 from shards.index import ShardIndex, load_index
 from shards.tar_format import BLOCK, padded

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from shards.errors import UserError
+from common.errors import UserError
 from shards.format import name_digest, name_uid, plain_key, unique_key
 from shards.sources.base import SourceItem
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from shards.errors import UserError
+from common.errors import UserError
 
 _LOCK, _WORKERS_LOCK = "lock", "workers.lock"
 _ORPHANS_END_WITHIN = 60.0  # seconds; a worker ends within milliseconds of its parent

@@ -13,8 +13,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from shards.atomic import explain_disk_errors, remove_temporaries, sync_folder, write_atomic
-from shards.errors import UserError
+from common.atomic import explain_disk_errors, remove_temporaries, sync_folder, write_atomic
+from common.errors import UserError
+from common.hashing import canonical_json, file_sha256
 from shards.format import (
     CLASSES_NAME,
     FORMAT_VERSION,
@@ -24,7 +25,6 @@ from shards.format import (
     WORK_FOLDER,
     FileEntry,
     Manifest,
-    canonical_json,
     check_files,
     load_manifest,
 )
@@ -32,7 +32,7 @@ from shards.index import write_index
 from shards.listing import Listing, write_listing
 from shards.lock import only_packer
 from shards.sanitize import policy_fields
-from shards.shard_writer import WARNED_COUNT, ShardRecord, ShardSettings, file_sha256, merged_columns, read_record
+from shards.shard_writer import WARNED_COUNT, ShardRecord, ShardSettings, merged_columns, read_record
 from shards.sources.base import Source
 from shards.sources.recognise import SourceOptions, recognise
 from shards.workers import LISTING_FOLDER, RECORDS_FOLDER, PackJob, finish_shards

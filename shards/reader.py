@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from shards.errors import UserError
+from common.errors import UserError
 from shards.sources.base import Container, SourceItem
 
 

@@ -14,8 +14,9 @@ import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
-from shards.atomic import open_atomic, write_atomic
-from shards.format import RowFlag, ShardEntry, canonical_json, name_uid, shard_name
+from common.atomic import open_atomic, write_atomic
+from common.hashing import canonical_json, file_sha256
+from shards.format import RowFlag, ShardEntry, name_uid, shard_name
 from shards.index import COLUMN_DTYPES
 from shards.listing import Listing
 from shards.reader import ImageReader, SourceUnreadable
@@ -216,12 +217,6 @@ def is_finished(number: int, output: Path, records: Path) -> ShardRecord | None:
     if not path.exists() or path.stat().st_size != record.entry.bytes:
         return None
     return record if file_sha256(path) == record.entry.sha256 else None
-
-
-def file_sha256(path: Path) -> str:
-    """Return the sha256 of a file in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def merged_columns(records: Sequence[ShardRecord], name: str) -> npt.NDArray[Any]:

@@ -17,7 +17,8 @@ import numpy as np
 import simplejpeg
 from tqdm import tqdm
 
-from shards.errors import UserError
+from common.errors import UserError
+from common.hashing import file_sha256
 from shards.format import (
     INDEX_NAME,
     MANIFEST_NAME,
@@ -29,7 +30,7 @@ from shards.format import (
     unique_key,
 )
 from shards.index import ShardIndex, read_index
-from shards.shard_writer import file_sha256, label_text, sample_json
+from shards.shard_writer import label_text, sample_json
 from shards.tar_format import BLOCK, end_of_archive, member_header, padded
 
 _SUFFIXES = (".cls", ".jpg", ".json")

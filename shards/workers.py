@@ -15,7 +15,7 @@ from multiprocessing.sharedctypes import Synchronized
 from multiprocessing.synchronize import Event
 from pathlib import Path
 
-from shards.errors import UserError
+from common.errors import UserError
 from shards.format import WORK_FOLDER
 from shards.listing import Listing
 from shards.lock import hold_as_worker

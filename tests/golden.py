@@ -143,12 +143,11 @@ def main() -> None:
             run = root / name.replace(" ", "_")
             flags = [str(root / "cache_int8") if flag == "CACHE" else flag for flag in flags]
             command("train.py", "--data_path", shards, "--output_dir", run, *teacher, *STUDENT, *flags)
-            say(f"run {name}: prototypes", [(run / "prototypes.safetensors").read_bytes()])
             lines = curve(run)
             say(f"run {name}: every logged number of 8 steps", (line.encode() for line in lines))
             final = torch.load(run / "checkpoints/step_000000008.pt", weights_only=True)
             values = [v for part in ("model", "ema") for _, v in sorted(final[part].items())]
-            say(f"run {name}: weights and EMA", (v.numpy().tobytes() for v in values))
+            say(f"run {name}: weights, prototypes and EMA", (v.numpy().tobytes() for v in values))
 
 
 if __name__ == "__main__":

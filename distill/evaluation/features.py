@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 
-from shards.errors import UserError
+from common.errors import UserError
 
 Normalise = Callable[[Tensor], Tensor]
 

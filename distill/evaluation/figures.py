@@ -15,8 +15,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from shards.atomic import write_atomic
-from shards.errors import UserError
+from common.atomic import write_atomic
+from common.errors import UserError
 
 LOSS_TERMS = ("loss", "dino", "ibot", "koleo", "cls", "spd")
 ENTROPIES = ("dino_entropy", "dino_kl", "ibot_entropy", "ibot_kl")

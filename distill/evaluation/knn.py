@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from common.errors import UserError
 from distill.evaluation.features import LabelledCrops, Normalise, extract_features
-from shards.errors import UserError
 
 TEMPERATURE = 0.07
 # Similarities held at once: 2^26 fp32 numbers are 256 MB.

@@ -9,11 +9,11 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from common.errors import UserError
 from distill.evaluation import sgd_probe
 from distill.evaluation.features import Features, FeatureSet
 from distill.evaluation.lbfgs import fit_logistic
 from distill.evaluation.split import held_out_split
-from shards.errors import UserError
 
 
 @dataclass(frozen=True)

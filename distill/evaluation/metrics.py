@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from shards.errors import UserError
+from common.errors import UserError
 
 RANKME_MAX_ROWS = 25_600
 

@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from common.errors import UserError
 from distill.evaluation.metrics import fit_linear_map
-from shards.errors import UserError
 
 # The range that colours span: outliers beyond it saturate, so that one patch does not grey the rest.
 LOW, HIGH = 0.02, 0.98

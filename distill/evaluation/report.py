@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -10,8 +9,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from common.atomic import write_atomic
+from common.hashing import json_sha256
 from distill.evaluation.linear import LinearProtocol, LinearResult
-from shards.atomic import write_atomic
 
 PROTOCOL_VERSION = 1
 
@@ -54,8 +54,7 @@ class Protocol:
 
     def sha256(self) -> str:
         """Hash of the canonical JSON of all fields."""
-        text = json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()
+        return json_sha256(asdict(self))
 
 
 @dataclass(frozen=True)

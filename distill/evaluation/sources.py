@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from common.errors import UserError
 from distill.checkpoint import load_student
 from distill.config import TeacherConfig, TrainConfig
 from distill.evaluation.features import FeatureModel
@@ -19,7 +20,6 @@ from distill.models import create_student
 from distill.run_folder import load_config
 from distill.teacher import LOCAL_DIR, FrozenTeacher, load_teacher
 from pipeline.batch import normalise
-from shards.errors import UserError
 
 KINDS = "run, run:FOLDER, teacher, random, timm:NAME, timm:NAME@WEIGHTS or export:FOLDER"
 

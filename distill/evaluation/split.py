@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from shards.errors import UserError
+from common.errors import UserError
 
 
 def held_out_split(

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from shards.errors import UserError
+from common.errors import UserError
 from shards.format import UNKNOWN_LABEL
 from shards.sources.base import Container, Source, SourceItem, class_labels, is_image_name, pass_over
 from shards.sources.labels import LabelList

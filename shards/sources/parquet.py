@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from shards.atomic import open_atomic, remove_temporaries, write_atomic
-from shards.errors import UserError
-from shards.format import UNKNOWN_LABEL, canonical_json
+from common.atomic import open_atomic, remove_temporaries, write_atomic
+from common.errors import UserError
+from common.hashing import canonical_json
+from shards.format import UNKNOWN_LABEL
 from shards.sources.base import Container, Source, SourceItem, class_labels, file_container
 
 _SPLIT = re.compile(r"(?P<split>.+?)-\d{5}-of-\d{5}.*\.parquet$")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from shards.errors import UserError
+from common.errors import UserError
 from shards.format import MANIFEST_NAME
 from shards.sources.base import Source, is_image_name
 from shards.sources.folders import class_folders, flat_folder, has_images_in_folders

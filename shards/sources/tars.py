@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from shards.errors import UserError
+from common.errors import UserError
 from shards.format import UNKNOWN_LABEL
 from shards.sources.base import Source, SourceItem, class_labels, file_container, is_image_name, pass_over
 from shards.sources.folders import SPLIT_NAMES, labelled, labels_in_words

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import fcntl
 import json
 import weakref
 from collections.abc import Callable, Iterator
@@ -15,8 +16,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cache_tools import build as build_module
-from cache_tools import commit as commit_module
-from cache_tools import format as format_module
 from cache_tools.build import run_build
 from cache_tools.codec import encode
 from cache_tools.errors import CacheMismatch
@@ -25,7 +24,7 @@ from cache_tools.format import CacheSpec
 from cache_tools.read import TeacherCache
 from cache_tools.synthetic import SyntheticReader, SyntheticTeacher, synthetic_batch, synthetic_request
 from cache_tools.write import CropGroup, group_sizes, regroup
-from shards.errors import UserError
+from common.errors import UserError
 
 BuildSmall = Callable[..., Path]
 
@@ -141,17 +140,16 @@ def test_build_continued_with_other_versions_says_so(
     assert f"continued with another set-up: torch 0.0.1 -> {torch.__version__}" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("module", [format_module, commit_module])
-def test_file_system_without_locks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: object) -> None:
-    flock = format_module.fcntl.flock
+@pytest.mark.parametrize("name", [".lock", ".lock.000000"])
+def test_file_system_without_locks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    flock = fcntl.flock
 
     def no_flock(fd: int, operation: int) -> None:
-        whole_cache = operation == format_module.fcntl.LOCK_EX
-        if whole_cache == (module is format_module):
+        if Path(f"/proc/self/fd/{fd}").readlink().name == name:
             raise OSError(errno.ENOLCK, "No locks available")
         flock(fd, operation)
 
-    monkeypatch.setattr(format_module.fcntl, "flock", no_flock)
+    monkeypatch.setattr(fcntl, "flock", no_flock)
     with pytest.raises(UserError, match="has no file locks"):
         run_build(synthetic_request(tmp_path / "cache"), SyntheticTeacher(), SyntheticReader(), progress=False)
 

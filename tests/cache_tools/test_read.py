@@ -20,8 +20,8 @@ from cache_tools.errors import CacheFallbackWarning, CacheIncomplete, CacheMisma
 from cache_tools.join import unpack_ids
 from cache_tools.read import TeacherCache
 from cache_tools.synthetic import SyntheticReader, SyntheticTeacher, synthetic_batch, synthetic_request, synthetic_uids
+from common.errors import UserError
 from distill.targets import TeacherTargets
-from shards.errors import UserError
 
 BuildSmall = Callable[..., Path]
 ROWS = np.array([17, 3, 4, 5, 0, 13, 3])

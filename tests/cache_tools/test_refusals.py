@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import zarr
 
 from cache_tools import format as format_module
@@ -16,12 +15,12 @@ from cache_tools.build import run_build
 from cache_tools.commit import shard_lock
 from cache_tools.errors import CacheCorrupt, CacheFallbackWarning
 from cache_tools.format import Paths
-from cache_tools.options import TeacherOptions, Verify
+from cache_tools.options import Verify
 from cache_tools.read import TeacherCache
 from cache_tools.synthetic import SyntheticReader, SyntheticTeacher, synthetic_batch, synthetic_request
 from cache_tools.verify import repair_cache, verify_cache
+from common.errors import UserError
 from pipeline.augmentation import preset
-from shards.errors import UserError
 from shards.index import ShardIndex
 
 BuildSmall = Callable[..., Path]
@@ -100,12 +99,6 @@ def test_damage_in_another_layout_is_reported_through_zarr(build_small: BuildSma
             cache.fetch(synthetic_batch(np.array([8]), 0))
         damages = verify_cache(root, deep=True).damages
     assert [(d.view_set, d.shard) for d in damages] == [(0, 1)]
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_cuda_without_a_device_is_refused() -> None:
-    with pytest.raises(UserError, match="--device cuda: local rank 0, this machine has 0 CUDA devices"):
-        TeacherOptions(shards=Path("shards"), device="cuda").place()
 
 
 def test_teacher_check_of_an_augmentation_that_flags_cannot_give_is_refused(tmp_path: Path) -> None:

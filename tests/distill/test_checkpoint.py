@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
+from common.errors import UserError
 from distill.checkpoint import CheckpointWriter, list_checkpoints, load_newest, load_student
 from distill.config import RuntimeConfig, StudentConfig, TrainConfig
 from distill.optim import StudentEma
 from distill.run_folder import write_or_check_config
 from distill.step import DistillStep
-from shards.errors import UserError
 
 
 def state(value: float) -> dict[str, Any]:

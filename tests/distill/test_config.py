@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from common.errors import UserError
 from distill.config import LOSS_PRESETS, DataConfig, TrainConfig, preset
 from distill.run_folder import load_config, write_or_check_config
 from distill.runtime import parse_config, step_seed
-from shards.errors import UserError
 
 DOCUMENTED_DEFAULTS = {
     "arch": "vit_small", "patch_size": 16, "teacher_arch": "vit_large_patch16_dinov3.lvd1689m",

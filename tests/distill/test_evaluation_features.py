@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from common.errors import UserError
 from distill.evaluation.features import (
     FeatureModel,
     FeatureSet,
@@ -24,7 +25,6 @@ from distill.evaluation.metrics import cosine_to_teacher, fit_linear_map, rankme
 from distill.evaluation.pca import HIGH, LOW, fit_patch_basis, map_to_teacher, paint_patches, quantile
 from distill.models import create_vit
 from pipeline.batch import normalise
-from shards.errors import UserError
 
 # Orthogonal maps and projections in fp64, handed back in fp32.
 SINGLE = 1e-5

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from common.errors import UserError
 from distill.evaluation.knn import knn_accuracy, knn_predict, knn_top1
 from distill.models import create_vit
 from pipeline.batch import normalise
-from shards.errors import UserError
 
 
 def loop_over_pairs(

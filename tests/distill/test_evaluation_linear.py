@@ -8,12 +8,12 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
+from common.errors import UserError
 from distill.evaluation.features import Features, FeatureSet
 from distill.evaluation.lbfgs import fit_logistic
 from distill.evaluation.linear import LbfgsProtocol, LinearProtocol, LinearResult, best_result, linear_probe
 from distill.evaluation.sgd_probe import SgdProtocol, fit_sgd
 from distill.evaluation.split import held_out_split, subset_rows
-from shards.errors import UserError
 
 # Both solvers stop at a gradient of 1e-8; the objective's smallest curvature is lambda >= 1e-3 along weights
 # that reach 1e0, so each is within 1e-8 / 1e-3 of the one minimum, and the two within twice that.

@@ -12,6 +12,7 @@ import pytest
 import torch
 from matplotlib.image import imread
 
+from common.errors import UserError
 from distill.evaluation import figures
 from distill.evaluation.linear import LinearProtocol, LinearResult
 from distill.evaluation.report import (
@@ -22,7 +23,6 @@ from distill.evaluation.report import (
     results_table,
     write_probe_json,
 )
-from shards.errors import UserError
 
 
 def a_protocol(**changes: Any) -> Protocol:

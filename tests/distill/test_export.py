@@ -13,11 +13,11 @@ import pytest
 import timm
 import torch
 
+from common.errors import UserError
 from distill import export
 from distill.export import ExportArgs, export_model, export_run, require_onnx, verify_export
 from distill.model_card import Card, render_card, teacher_licence
 from distill.models import create_vit
-from shards.errors import UserError
 
 IMG_SIZE = 32
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from common.errors import UserError
 from distill.config import StudentConfig
 from distill.models import create_student, create_vit, packed_tokens, rope_table
-from shards.errors import UserError
 
 # One fp32 forward and backward in two orders of summation over at most 300 tokens of O(1) values.
 FP32_NOISE = {"rtol": 2e-4, "atol": 2e-5}

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
+from common.errors import UserError
 from distill.config import PrototypeConfig
 from distill.prototypes import (
     Prototypes,
@@ -21,7 +22,6 @@ from distill.prototypes import (
     spherical_kmeans,
 )
 from distill.targets import TeacherTargets
-from shards.errors import UserError
 
 CPU = torch.device("cpu")
 CONFIG = PrototypeConfig(num_prototypes=8, prototype_rows=256, prototype_iterations=10)

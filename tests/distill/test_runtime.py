@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
+from common.errors import UserError
 from distill.config import RuntimeConfig
 from distill.metrics import PHASES, MetricsLog, PhaseClock
 from distill.runtime import Ranks, StepGuard, StopSignal, configure_torch, process_group
 from distill.step import METRICS
 from pipeline.batch import MultiCropBatch
-from shards.errors import UserError
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 

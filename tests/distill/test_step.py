@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.testing import assert_close
 
+from common.errors import UserError
 from distill import gradients, losses
 from distill.config import LOSS_PRESETS, LossConfig, RuntimeConfig, StudentConfig
 from distill.gradients import check_compiled_gradients, term_gradient_norms
@@ -20,7 +21,6 @@ from distill.runtime import configure_torch
 from distill.step import METRICS, TERMS, DistillStep
 from kernels.spd import log_euclidean_loss, spd_logm, token_spd
 from pipeline.batch import normalise
-from shards.errors import UserError
 
 MakeStep = Callable[..., DistillStep]
 Scalars = tuple[Tensor, Tensor, Tensor]

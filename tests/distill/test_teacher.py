@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import save_file
 from torch.testing import assert_close
 
+from common.errors import UserError
 from distill.config import TeacherConfig
 from distill.models import create_vit
 from distill.teacher import FrozenTeacher, load_teacher
 from pipeline.batch import normalise
-from shards.errors import UserError
 
 CPU = torch.device("cpu")
 SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2, "img_size": 32, "dynamic_img_size": False, "init_values": 0.5}

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from common.errors import UserError
 from distill.models import create_vit
-from distill.weights import load_weights, meta_to_timm, state_dict_sha256
-from shards.errors import UserError
+from distill.weights import load_weights, meta_to_timm, tensors_sha256
 
 SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 
@@ -56,7 +56,7 @@ def test_metas_layout_loads_to_the_same_model(source: nn.Module, tmp_path: Path,
     torch.save({wrap: state} if wrap else state, tmp_path / "dinov3.pth")
     target = fresh()
     load_weights(target, tmp_path / "dinov3.pth")
-    assert state_dict_sha256(target) == state_dict_sha256(source)
+    assert tensors_sha256(target.state_dict()) == tensors_sha256(source.state_dict())
 
 
 def test_the_released_vit_large_has_exactly_the_keys_and_shapes_that_are_expected() -> None:
@@ -74,7 +74,7 @@ def test_safetensors_in_timms_layout_load(source: nn.Module, tmp_path: Path) -> 
     save_file(source.state_dict(), tmp_path / "model.safetensors")
     target = fresh()
     load_weights(target, tmp_path / "model.safetensors")
-    assert state_dict_sha256(target) == state_dict_sha256(source)
+    assert tensors_sha256(target.state_dict()) == tensors_sha256(source.state_dict())
 
 
 def test_qkv_biases_go_to_the_variant_that_has_them(tmp_path: Path) -> None:
@@ -99,14 +99,14 @@ def test_missing_extra_and_misshapen_keys_are_all_listed(source: nn.Module, tmp_
     state["cls_token"] = torch.zeros(1, 1, 48)
     save_file(state, tmp_path / "bad.safetensors")
     target = fresh()
-    before = state_dict_sha256(target)
+    before = tensors_sha256(target.state_dict())
     with pytest.raises(UserError) as error:
         load_weights(target, tmp_path / "bad.safetensors")
     message = str(error.value)
     assert "missing: norm.bias (32,)" in message
     assert "not in the model: head.weight (10, 32)" in message
     assert "cls_token: the file has (1, 1, 48), the model (1, 1, 32)" in message
-    assert state_dict_sha256(target) == before
+    assert tensors_sha256(target.state_dict()) == before
 
 
 class Evil:

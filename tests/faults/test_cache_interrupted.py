@@ -23,8 +23,8 @@ from cache_tools.read import TeacherCache
 from cache_tools.synthetic import SyntheticReader, SyntheticTeacher, synthetic_batch, synthetic_request
 from cache_tools.verify import verify_cache
 from cache_tools.write import CropGroup
+from common.errors import UserError
 from distill.targets import TeacherTargets
-from shards.errors import UserError
 
 SHARD_ROWS = (9, 9, 8, 9, 5, 9, 9, 9, 9, 3, 9, 9)
 

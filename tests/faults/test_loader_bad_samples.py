@@ -11,11 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
+from common.errors import UserError
 from pipeline.augmentation import Augmentation
 from pipeline.loader import open_loader, read_center_crops, read_teacher_crops
 from pipeline.order import epoch_order
 from pipeline.source import ShardSource
-from shards.errors import UserError
 from shards.format import INDEX_NAME, MANIFEST_NAME, load_manifest
 from shards.index import load_index, write_index
 from shards.pack import pack

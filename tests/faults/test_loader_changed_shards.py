@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from common.errors import UserError
 from pipeline.augmentation import Augmentation
 from pipeline.loader import open_loader
 from pipeline.source import ShardSource
-from shards.errors import UserError
 from shards.format import INDEX_NAME, MANIFEST_NAME
 from shards.pack import pack
 

@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 import simplejpeg
 
+from common.errors import UserError
 from shards.__main__ import main
-from shards.errors import UserError
 from shards.format import WORK_FOLDER, load_manifest
 from shards.lock import hold_as_worker, only_packer
 from shards.pack import pack
@@ -302,7 +302,7 @@ def test_commands_print_the_error_alone_and_exit_with_2(
 ) -> None:
     assert main(["pack", "--source", str(source / "no"), "--output", str(output)]) == 2
     printed = capsys.readouterr()
-    assert printed.err.startswith(f"{source / 'no'}: no such file or folder.")
+    assert printed.err.startswith(f"error: {source / 'no'}: no such file or folder.")
     assert "Traceback" not in printed.err
     assert main(["verify", str(output)]) == 2
     assert "no such folder. Pack images first" in capsys.readouterr().err
@@ -319,7 +319,7 @@ def test_an_interrupted_command_says_that_it_continues(source: Path, output: Pat
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate()
     assert process.returncode == 130, errors.decode()
-    assert errors.decode().rstrip().endswith("Interrupted. The same command continues from here.")
+    assert errors.decode().rstrip().endswith("the same command continues from here.")
     assert "Traceback" not in errors.decode()
     with pytest.raises(UserError, match="packing is not finished"):
         load_manifest(output)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import simplejpeg
 
-from shards.errors import UserError
+from common.errors import UserError
 from shards.format import WORK_FOLDER, load_manifest
 from shards.pack import pack
 from shards.verify import verify

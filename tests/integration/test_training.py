@@ -17,6 +17,7 @@ import torch
 
 import train
 from cache_tools.read import TeacherCache
+from common.errors import UserError
 from distill.checkpoint import list_checkpoints, load_newest, load_student
 from distill.microbatch import StepInputs
 from distill.models import create_student
@@ -24,7 +25,6 @@ from distill.prototypes import load_prototypes
 from distill.runtime import Ranks, parse_config
 from distill.step import METRICS, TERMS, DistillStep
 from pipeline.loader import open_loader
-from shards.errors import UserError
 
 from .conftest import ROOT, Workplace, read_lines
 

@@ -4,8 +4,8 @@ from dataclasses import fields, replace
 
 import pytest
 
+from common.errors import UserError
 from pipeline.augmentation import Augmentation, preset
-from shards.errors import UserError
 
 
 def test_preset_dino_has_the_defaults_of_the_dino_code():

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from common.errors import UserError
 from pipeline import backend as backend_module
 from pipeline.backend import choose_backend, default_num_threads, usable_cores
 from pipeline.loader import open_loader
-from shards.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")

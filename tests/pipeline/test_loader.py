@@ -8,12 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common.errors import UserError
 from pipeline.augmentation import Augmentation
 from pipeline.loader import open_loader, read_center_crops, read_teacher_crops
 from pipeline.masks import block_masks
 from pipeline.order import epoch_order
 from pipeline.plan import crop_plan, global_crops_spec
-from shards.errors import UserError
 from shards.index import load_index
 
 ROWS = 48

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common.errors import UserError
 from pipeline.order import epoch_order, rank_positions
-from shards.errors import UserError
 
 # A resumed run must go on in the order of the run before.
 GOLDEN_ORDER = "d4dbc49fbcf6a515086f076be89717726a39d131b9f414ceac45e1d99d161377"

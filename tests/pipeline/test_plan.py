@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common.errors import UserError
 from pipeline.augmentation import Augmentation, preset
 from pipeline.plan import (
     PLAN_VERSION,
@@ -18,7 +19,6 @@ from pipeline.plan import (
     global_crops_spec,
     undistorted,
 )
-from shards.errors import UserError
 
 GOLDEN_VERSION = 1
 GOLDEN_BOXES = {

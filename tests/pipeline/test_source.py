@@ -6,9 +6,9 @@ import os
 import numpy as np
 import pytest
 
+from common.errors import UserError
 from pipeline.readahead import Readahead
 from pipeline.source import ShardSource
-from shards.errors import UserError
 
 ROWS = 48
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from shards.errors import UserError
+from common.errors import UserError
 from shards.lock import hold_as_worker, only_packer
 from shards.pack import pack
 from shards.sources.folders import class_folders

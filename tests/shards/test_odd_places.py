@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
+from common.atomic import explain_disk_errors, write_atomic
+from common.errors import UserError
 from shards.__main__ import main
-from shards.atomic import explain_disk_errors, write_atomic
-from shards.errors import UserError
 from shards.format import name_uid
 from shards.index import load_index
 from shards.pack import pack

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import simplejpeg
 
-from shards.errors import UserError
+from common.errors import UserError
 from shards.format import RowFlag, is_key, load_manifest, name_uid, plain_key
 from shards.index import ShardIndex, load_index
 from shards.pack import pack, summary

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from shards.errors import UserError
+from common.errors import UserError
 from shards.format import Manifest, name_uid
 from shards.index import load_index
 from shards.pack import pack

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from shards.errors import UserError
+from common.errors import UserError
 from shards.format import load_manifest
 from shards.index import load_index
 from shards.pack import pack

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from shards.errors import UserError
+from common.errors import UserError
 
 TEMPORARY_MARK = ".tmp-"
 

@@ -1,0 +1,1 @@
+"""What every other package stands on: errors, atomic writes, hashes, locks, devices and the wrapper of a command."""

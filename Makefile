@@ -59,9 +59,9 @@ test-slow: setup ## The tests that take minutes each: compiled gradients, long f
 	$(PY) -m pytest -q -m slow $(ARGS)
 
 lint: setup ## Ruff, mypy strict and import-linter
-	$(VENV)/bin/ruff check .
-	$(VENV)/bin/mypy
-	$(VENV)/bin/lint-imports
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+	$(PY) -c 'import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports())'
 
 shards: need-DATA need-SHARDS setup ## Pack images into shards: DATA=folder, tar or parquet  SHARDS=folder to write
 	$(PY) -m shards pack --source $(call path,$(DATA)) --output $(call path,$(SHARDS)) $(ARGS)

@@ -21,7 +21,7 @@ def file_lock(path: Path, *, timeout: float = -1.0) -> Iterator[bool]:
     and takes the lock of the new file.
 
     Args:
-        path: the lock file, in a folder that exists.
+        path: the lock file; its folder is made.
         timeout: seconds to wait for the other process; below 0: as long as it takes.
 
     Raises:

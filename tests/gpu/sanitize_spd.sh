@@ -3,7 +3,7 @@
 # Needs a CUDA device and NVIDIA's compute-sanitizer (CUDA toolkit). Run from the repository root.
 set -eu
 
-PYTHON="${PYTHON:-.venv/bin/python}"
+PY="${PY:-.venv/bin/python}"
 if ! command -v compute-sanitizer >/dev/null; then
     echo "compute-sanitizer is not on the PATH. Install the CUDA toolkit or add its bin folder to PATH." >&2
     exit 2
@@ -28,5 +28,5 @@ torch.cuda.synchronize()
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1
 for tool in memcheck racecheck synccheck initcheck; do
     echo "== $tool"
-    compute-sanitizer --tool "$tool" --error-exitcode 1 --kernel-regex kns=kernel "$PYTHON" -c "$PROGRAM"
+    compute-sanitizer --tool "$tool" --error-exitcode 1 --kernel-regex kns=kernel "$PY" -c "$PROGRAM"
 done

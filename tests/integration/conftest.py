@@ -101,10 +101,10 @@ def read_lines(run: Path) -> list[dict[str, Any]]:
 def torchrun() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Train in N real processes under torchrun."""
 
-    def run(ranks: int, flags: list[str], timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    def run(ranks: int, flags: list[str]) -> subprocess.CompletedProcess[str]:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         return subprocess.run(
-            [*launcher, "train.py", *flags], cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False
+            [*launcher, "train.py", *flags], cwd=ROOT, capture_output=True, text=True, check=False
         )
 
     return run

@@ -146,7 +146,7 @@ def train(config: TrainConfig, ranks: Ranks) -> None:
             log.phases.mark("optimizer")
             set_lr(optimizer, schedule.lr(step))
             grad_norm, not_finite = clip_gradients(step_module.parameters(), config.optim.clip_grad, metrics[0])
-            skip_update(optimizer, guard.submit(step, batch, not_finite, stop.received is not None))
+            skip_update(optimizer, guard.submit(step, batch, not_finite, stop.received is not None or writer.failed))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if ema is not None:

@@ -20,7 +20,10 @@ def explain_disk_errors(path: Path) -> Iterator[None]:
     """Turn "no space", "cannot write" and "cannot read" into a UserError that names the place and what to do."""
     try:
         yield
-    except OSError as error:
+    except Exception as raised:
+        error = _disk_error(raised)
+        if error is None or isinstance(raised, UserError):
+            raise
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             free = shutil.disk_usage(path.parent).free
             raise UserError(
@@ -37,6 +40,11 @@ def explain_disk_errors(path: Path) -> Iterator[None]:
                 f"{path}: cannot be written ({error.strerror}). "
                 "Make the folder writable, or choose another, and run the same command again."
             ) from error
+        if error.errno == errno.EFBIG:
+            raise UserError(
+                f"{path}: the system allows no file of that size ({error.strerror}). Raise the limit (`ulimit -f`) or "
+                "choose another file system, and run the same command again: what is finished is kept."
+            ) from error
         if error.errno == errno.EIO:
             raise UserError(
                 f"{error.filename or path}: the disk fails ({error.strerror}). "
@@ -47,6 +55,14 @@ def explain_disk_errors(path: Path) -> Iterator[None]:
                 f"{path}: its folder {path.parent} does not exist. Make it, or give another place."
             ) from error
         raise
+
+
+def _disk_error(raised: BaseException) -> OSError | None:
+    """Return the OSError that was raised, or that led to it: libraries close their writers and fail again there."""
+    found: BaseException | None = raised
+    while found is not None and not isinstance(found, OSError):
+        found = found.__context__
+    return found
 
 
 def _is_place(named: str, path: Path) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from timm.models.eva import Eva
 from torch import Tensor
 
@@ -45,7 +46,8 @@ class CheckpointWriter:
     """Writes checkpoints of one run from a background thread, one at a time.
 
     `save` copies every tensor to the host and returns; the thread writes the file, and after it the record that
-    makes the checkpoint exist, each whole or not at all.
+    makes the checkpoint exist, each whole or not at all. Once one could not be written, `failed` is true and no
+    other is begun: the run stops, and `wait` raises on every rank.
     """
 
     def __init__(self, run_dir: Path, config: RuntimeConfig, *, is_main: bool = True) -> None:
@@ -59,30 +61,42 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
-    def save(self, step: int, state: dict[str, Any]) -> None:
-        """Stage `state` on the host and write it as the checkpoint of `step`; the main rank's alone is written.
+    @property
+    def failed(self) -> bool:
+        """Whether a checkpoint of this rank could not be written."""
+        return self._error is not None
 
-        Raises:
-            UserError: the previous checkpoint could not be written (disk full, say).
-        """
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        """Stage `state` on the host and write it as the checkpoint of `step`; the main rank's alone is written."""
         if not self._is_main:
             return
-        self.wait()
+        self._join()
+        if self.failed:
+            return
         staged = self._stage.copy(state)
         self._thread = threading.Thread(target=self._write, args=(step, staged), name="checkpoint")
         self._thread.start()
 
     def wait(self) -> None:
-        """Wait until the last checkpoint is on disk; UserError if it could not be written."""
+        """Wait until the last checkpoint is on disk; all ranks call it.
+
+        Raises:
+            UserError: on every rank, if one could not be written (disk full, say).
+        """
+        self._join()
+        message = [str(self._error) if self.failed else None]
+        if dist.is_initialized():
+            dist.broadcast_object_list(message, src=0)
+        if message[0] is not None:
+            raise UserError(
+                f"{self.folder}: a checkpoint could not be written ({message[0]}). Earlier checkpoints are intact. "
+                "Mend the cause and run the same command again: it resumes from the newest."
+            ) from self._error
+
+    def _join(self) -> None:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise UserError(
-                f"{self.folder}: a checkpoint could not be written ({error}). Earlier checkpoints are intact. "
-                "Free some disk space and run the same command again."
-            ) from error
 
     def _write(self, step: int, state: dict[str, Any]) -> None:
         try:
@@ -91,7 +105,7 @@ class CheckpointWriter:
             record = {"step": step, "bytes": path.stat().st_size, "sha256": file_sha256(path)}
             write_atomic(path.with_suffix(".json"), json.dumps(record).encode())
             self._remove_old()
-        except (OSError, UserError) as error:
+        except BaseException as error:  # whatever ends this thread must end the run, not only the thread
             self._error = error
 
     def _remove_old(self) -> None:

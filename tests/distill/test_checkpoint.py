@@ -18,6 +18,8 @@ from distill.optim import StudentEma
 from distill.run_folder import write_or_check_config
 from distill.step import DistillStep
 
+SmallDisk = Callable[[int], Path]
+
 
 def state(value: float) -> dict[str, Any]:
     return {"model": {"w": torch.full((3,), value)}, "ema": None, "loader": {"epoch": 1, "seed": 0}}
@@ -85,20 +87,24 @@ def test_no_intact_checkpoint_is_an_error_not_a_new_start(tmp_path: Path) -> Non
         load_newest(tmp_path)
 
 
-def test_a_full_disk_is_reported_and_earlier_checkpoints_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write(tmp_path, [1])
-
-    def full(*args: object, **kwargs: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    writer = CheckpointWriter(tmp_path, RuntimeConfig(keep_checkpoints=1, keep_every=0))
-    monkeypatch.setattr(torch, "save", full)
-    writer.save(2, state(2.0))
-    with pytest.raises(UserError, match="the disk is full"):
+def test_a_disk_that_is_really_full_fails_the_run_and_keeps_earlier_checkpoints(small_disk: SmallDisk) -> None:
+    run = small_disk(100_000) / "run"
+    write(run, [1])
+    writer = CheckpointWriter(run, RuntimeConfig(keep_checkpoints=1, keep_every=0))
+    writer.save(2, {"model": {"w": torch.zeros(50_000)}})
+    writer.save(3, state(3.0))  # after a failure nothing is written
+    assert writer.failed
+    with pytest.raises(UserError, match=r"a checkpoint could not be written .*step_000000002\.pt.* Earlier .* intact"):
         writer.wait()
-    assert load_newest(tmp_path)[0] == 1
-    CheckpointWriter(tmp_path, RuntimeConfig(keep_checkpoints=1, keep_every=0))
-    assert not list((tmp_path / "checkpoints").glob("*.tmp*"))
+    assert load_newest(run)[0] == 1
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step_000000001.json", "step_000000001.pt"]
+
+
+def test_any_failure_of_the_writing_thread_fails_the_run(tmp_path: Path) -> None:
+    writer = CheckpointWriter(tmp_path, RuntimeConfig())
+    writer.save(1, {"model": {"w": lambda: "not to be pickled"}})
+    with pytest.raises(UserError, match=r"a checkpoint could not be written .*pickle"):
+        writer.wait()
 
 
 @pytest.mark.parametrize("use_ema", [True, False])

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from distill.checkpoint import list_checkpoints
+
 from .conftest import Workplace, read_lines
 
 Run = Callable[[list[str]], list[dict[str, Any]]]
@@ -58,3 +60,20 @@ def test_an_error_on_the_ranks_ends_all_of_them_with_the_message(
     assert "loss or gradient is not finite" in done.stderr
     replays = sorted((tmp_path / "run2" / "replay").iterdir())
     assert len({p.name.rsplit("_rank_")[0] for p in replays}) == 1
+
+
+def test_a_full_disk_at_a_checkpoint_ends_every_rank_with_the_message(
+    workplace: Workplace, run_here: Run, torchrun: Torchrun, tmp_path: Path, small_disk: Callable[[int], Path]
+) -> None:
+    flags = ("--cache_path", workplace.cache, "--checkpoint_every", 1, "--batch_size_per_gpu", 8)
+    run_here(workplace.flags(tmp_path / "whole", *flags, "--max_steps", 1))
+    size = next((tmp_path / "whole" / "checkpoints").glob("*.pt")).stat().st_size
+    # One checkpoint and all that lies beside it, but not a second one.
+    run = small_disk(size * 5 // 3) / "run"
+    done = torchrun(2, workplace.flags(run, *flags, "--max_steps", 99))
+    assert done.returncode != 0
+    errors = [line for line in done.stderr.splitlines() if "a checkpoint could not be written" in line]
+    assert len(errors) == 2
+    assert "the disk is full" in errors[0] or "allows no file of that size" in errors[0]
+    # A limit on the size of files, the stand-in for a small disk, lets not even the first one pass.
+    assert [saved.step for saved in list_checkpoints(run)] == ([1] if run.parent.is_mount() else [])

@@ -48,7 +48,7 @@ from distill.evaluation.sgd_probe import SgdProtocol
 from distill.evaluation.sources import ProbedModel, SourceContext, load_source, read_run
 from distill.evaluation.split import subset_rows
 from pipeline.backend import choose_backend
-from pipeline.loader import CenterCropBatch, read_center_crops
+from pipeline.readers import CenterCropBatch, read_center_crops
 from shards.format import load_manifest
 from shards.index import load_index
 

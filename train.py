@@ -47,7 +47,8 @@ from distill.targets import TeacherTargets
 from distill.teacher import FrozenTeacher, load_teacher
 from kernels.spd import plan_reduction
 from pipeline.batch import MultiCropBatch
-from pipeline.loader import MultiCropLoader, open_loader, read_teacher_crops
+from pipeline.loader import MultiCropLoader, open_loader
+from pipeline.readers import in_batches, read_teacher_crops
 from shards.format import load_manifest
 
 
@@ -290,13 +291,12 @@ def token_stream(
     rows = min(config.prototypes.prototype_rows, load_manifest(config.data.data_path).num_rows)
     for batch in read_teacher_crops(
         config.data.data_path,
-        range(rows),
+        in_batches(range(rows), config.optim.batch_size_per_gpu),
         view_set=0,
         seed=config.data.data_seed,
         augmentation=config.crops(),
         backend=config.data.backend,
         device=ranks.device,
-        batch_size=config.optim.batch_size_per_gpu,
         num_threads=config.data.num_threads,
         hw_decoder_load=config.data.hw_decoder_load,
     ):

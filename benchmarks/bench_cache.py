@@ -27,16 +27,13 @@ import numpy.typing as npt
 import torch
 import zarr
 
-from cache_tools.calibration import calibration_sha256
-from cache_tools.codec import Calibration, EncodedRows
+from cache_tools.codec import Calibration, EncodedRows, calibration_sha256
 from cache_tools.commit import read_commits, write_manifest
-from cache_tools.fingerprint import fingerprint_sha256
 from cache_tools.format import FORMAT_VERSION, CacheSpec, Paths, create_group, create_view_set, read_attributes
-from cache_tools.read import TeacherCache
-from cache_tools.shard_file import ShardFileWriter
-from cache_tools.source import DirectSource
-from cache_tools.synthetic import synthetic_uids
-from cache_tools.write import CropGroup, ShardWriter
+from cache_tools.shard_file import ShardFileWriter, ViewSetFiles
+from cache_tools.write import ShardWriter
+from common.hashing import json_sha256
+from pipeline.readers import TeacherCropBatch
 
 RESULTS = Path(__file__).parent / "results" / "cache.csv"
 BATCH = 64
@@ -86,21 +83,22 @@ def make_cache(root: Path, spec: CacheSpec) -> None:
     generator = np.random.default_rng(0)
     start = 0
     for shard, rows in enumerate(spec.shard_rows):
-        writer = ShardWriter(paths, spec, 0, shard, fingerprint_sha256(fingerprint))
+        writer = ShardWriter(paths, spec, 0, shard, json_sha256(fingerprint))
         numbers = np.arange(start, start + rows)
-        group = CropGroup(
+        group = TeacherCropBatch(
             numbers,
-            synthetic_uids(numbers),
+            numbers.astype(np.uint64),
             np.zeros(rows, np.uint32),
             0,
+            torch.empty(0, dtype=torch.uint8),
             np.zeros((rows, 2, 6), np.int32),
-            torch.empty(0),
         )
         shape = (rows, spec.num_crops, spec.num_patches, spec.embed_dim)
         codes = torch.from_numpy(generator.integers(-127, 128, shape, np.int8))
         scale = torch.ones(shape[:3], dtype=torch.float16)
         writer.append(group, EncodedRows(codes, scale, torch.ones((rows, *shape[1:2], shape[3])).half()))
-        writer.commit()
+        writer.start_commit()
+        writer.finish()
         start += rows
     write_manifest(paths, spec, fingerprint)
 
@@ -117,8 +115,8 @@ class PatchReaders:
         self.flat = flat
         self.map_again()
         fingerprint = read_attributes(root)["fingerprint"]
-        commits = read_commits(Paths(root), 0, spec, fingerprint_sha256(fingerprint))
-        self.source = DirectSource(Paths(root), 0, spec, commits)
+        commits = read_commits(Paths(root), 0, spec, json_sha256(fingerprint))
+        self.files = ViewSetFiles(Paths(root), 0, spec, commits)
         self.zarr = zarr.open_array(root / "data.zarr/v0/patch", mode="r")
 
     def map_again(self) -> None:
@@ -143,7 +141,7 @@ class PatchReaders:
         for shard in np.unique(shards):
             mine = np.flatnonzero(shards == shard)
             mine = mine[np.argsort(places[mine])]
-            self.source.read(self.array, int(shard), places[mine], self.out, self.slots[mine], check=check)
+            self.files.open(self.array, int(shard)).read(places[mine], self.out, self.slots[mine], check=check)
 
     def read_zarr(self, rows: Rows) -> None:
         out = self.out.view(np.int8).reshape(BATCH, *self.array.tail)
@@ -241,22 +239,6 @@ def bench_reading(root: Path, flat: Path, spec: CacheSpec, *, rounds: int, count
                 f"read {order}, {temperature}", methods, rounds=rounds, row_bytes=readers.array.row_bytes, before=before
             )
     return results
-
-
-def bench_fetching(root: Path, spec: CacheSpec, *, rounds: int, count: int) -> list[Measurement]:
-    """Measure the reader as a trainer uses it: three arrays, threads, checks; without decoding."""
-    generator = np.random.default_rng(3)
-    ways = {"verify off, 1 thread": ("off", 1), "verify always, 1 thread": ("always", 1)}
-    ways |= {"verify once, 2 threads": ("once", 2), "verify always, 2 threads": ("always", 2)}
-    methods: dict[str, Callable[[], int]] = {}
-    for name, (verify, threads) in ways.items():
-        cache = TeacherCache.open(root, verify=verify, threads=threads)  # type: ignore[arg-type]
-        read = functools.partial(cache.read_encoded, 0)
-        for start in range(0, spec.num_rows, BATCH):
-            read(np.arange(start, min(start + BATCH, spec.num_rows)))
-        methods[name] = functools.partial(read_batches, read, "random", spec.num_rows, count, generator)
-    row_bytes = sum(array.row_bytes for array in spec.arrays() if array.per_row)
-    return measure("fetch random, warm", methods, rounds=rounds, row_bytes=row_bytes)
 
 
 def bench_writing(folder: Path, spec: CacheSpec, *, rounds: int) -> list[Measurement]:
@@ -357,7 +339,6 @@ def main() -> None:
         np.random.default_rng(0).integers(0, 256, (spec.num_rows, spec.arrays()[0].row_bytes), np.uint8).tofile(flat)
         os.sync()
         results = bench_reading(root, flat, spec, rounds=rounds, count=count)
-        results += bench_fetching(root, spec, rounds=rounds, count=count)
         results += bench_writing(folder, spec, rounds=rounds)
     finally:
         shutil.rmtree(folder)

@@ -23,6 +23,7 @@ from cache_tools.stats import describe_cache, describe_row, token_stats
 from cache_tools.verify import repair_cache, verify_against_teacher, verify_cache
 from common.command import run_command
 from common.device import pick_device
+from pipeline.readers import in_batches
 from shards.format import load_manifest
 from shards.index import load_index
 
@@ -73,8 +74,9 @@ def _run(command: object) -> int:
             for speed in measure_reading(
                 command.cache, batch_size=command.batch_size, batches=command.batches, threads=command.threads
             ):
+                checked = "checked" if speed.verify else "unchecked"
                 print(
-                    f"{speed.order:10} verify {speed.verify:6} {speed.images_per_second:10,.0f} images/s "
+                    f"{speed.order:10} {checked:10} {speed.images_per_second:10,.0f} images/s "
                     f"{speed.bytes_per_second / 1e6:10,.0f} MB/s"
                 )
     return 0
@@ -142,7 +144,13 @@ def _verify_teacher(command: Verify) -> int:
     )
     with TeacherCache.open(command.cache, expect=expect) as cache:
         agreement = verify_against_teacher(
-            cache, teacher, options.read_crops(device), rows=command.teacher, seed=0, device=device
+            cache,
+            teacher,
+            options.read_crops(device),
+            rows=command.teacher,
+            seed=0,
+            device=device,
+            batch_size=options.batch_size,
         )
     print(
         f"teacher run again on {agreement.rows} images: mean cosine {agreement.mean_cosine:.6f}, 1st percentile "
@@ -157,7 +165,7 @@ def _calibrate(command: Calibrate) -> int:
     rows = np.arange(min(command.rows, load_manifest(options.shards).num_rows), dtype=np.int64)
     report = measure_features(
         options.teacher(device),
-        options.read_crops(device)(rows, 0),
+        options.read_crops(device)(in_batches(rows, options.batch_size), 0),
         num_crops=options.crops().num_global_crops,
         device=device,
     )

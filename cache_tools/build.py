@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import functools
+import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +17,18 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from cache_tools.calibration import ChannelMoments, calibration_sha256, load_calibration
-from cache_tools.codec import Calibration, EncodedRows, encode
+from cache_tools.codec import (
+    Calibration,
+    ChannelMoments,
+    EncodedRows,
+    calibration_sha256,
+    encode,
+    load_calibration,
+    measure_codec,
+)
 from cache_tools.commit import committed_shards, remove_spent_locks, write_manifest
-from cache_tools.cost import check_disk
 from cache_tools.errors import CacheMismatch
-from cache_tools.fingerprint import Json, cache_fingerprint, check_fingerprint, fingerprint_sha256
+from cache_tools.fingerprint import Json, cache_fingerprint, check_fingerprint
 from cache_tools.format import (
     FORMAT_VERSION,
     CacheSpec,
@@ -32,19 +38,21 @@ from cache_tools.format import (
     create_view_set,
     read_attributes,
 )
-from cache_tools.quality import measure_codec
-from cache_tools.write import CropGroup, ReadCrops, TeacherCrops, ViewSetBuild, group_sizes, regroup
+from cache_tools.write import ReadCrops, ViewSetBuild
 from common.errors import UserError
+from common.hashing import json_sha256
 from distill.targets import TeacherTargets
 from pipeline.augmentation import Augmentation
 from pipeline.backend import choose_backend
-from pipeline.readers import read_teacher_crops
+from pipeline.readers import TeacherCropBatch, in_batches, read_teacher_crops
 from shards.format import load_manifest
 
 DEFAULT_CALIBRATION_ROWS = 2048
 # Tokens on which the codec is measured: the matrix logarithm grows with the cube of a crop's tokens.
 QUALITY_TOKENS = 32 * 196
 WAIT_SECONDS = 3600.0
+# File system metadata, commit records and what else grows beside the data.
+SPARE_BYTES = 64 << 20
 
 
 class Teacher(Protocol):
@@ -100,6 +108,62 @@ class BuildReport:
     finished: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class CacheCost:
+    """Bytes a cache takes.
+
+    Attributes:
+        bytes_per_image: of one view set.
+        total: of all view sets.
+        remaining: still to be written.
+        free: on the disk.
+    """
+
+    bytes_per_image: float
+    total: int
+    remaining: int
+    free: int
+
+    def describe(self, view_sets: int, rows: int) -> str:
+        """Return one line for the user."""
+        return (
+            f"{rows:,} images x {view_sets} view set(s) x {self.bytes_per_image / 1e3:.1f} kB = "
+            f"{self.total / 1e9:.3f} GB; {self.remaining / 1e9:.3f} GB to write, {self.free / 1e9:.1f} GB free"
+        )
+
+
+def cache_cost(root: Path, spec: CacheSpec, view_sets: int) -> CacheCost:
+    """Return what a cache takes, what of it is not yet committed, and the free space where it will lie."""
+    place = root
+    while not place.exists():
+        place = place.parent
+    total = spec.view_set_bytes() * view_sets
+    done = sum(
+        array.file_bytes(spec.shard_rows[shard], spec.capacity)
+        for k in range(view_sets)
+        for shard in committed_shards(Paths(root), k, spec)
+        for array in spec.arrays()
+    )
+    return CacheCost(
+        bytes_per_image=spec.view_set_bytes() / spec.num_rows,
+        total=total,
+        remaining=total - done,
+        free=shutil.disk_usage(place).free,
+    )
+
+
+def check_disk(root: Path, spec: CacheSpec, view_sets: int) -> CacheCost:
+    """Return the cost; UserError where the disk is too small for what is left to write."""
+    cost = cache_cost(root, spec, view_sets)
+    if cost.remaining and cost.remaining + SPARE_BYTES > cost.free:
+        raise UserError(
+            f"{root}: the disk is too small. {cost.describe(view_sets, spec.num_rows)}. Free "
+            f"{(cost.remaining + SPARE_BYTES - cost.free) / 1e9:.2f} GB, choose another folder, or build fewer "
+            "view sets."
+        )
+    return cost
+
+
 def run_build(
     request: BuildRequest,
     teacher: Teacher,
@@ -141,7 +205,7 @@ def run_build(
                 paths=paths,
                 spec=request.spec,
                 view_set=k,
-                fingerprint=fingerprint_sha256(fingerprint),
+                fingerprint=json_sha256(fingerprint),
                 read_crops=read_crops,
                 encode=encoder,
                 batch_size=request.batch_size,
@@ -161,9 +225,9 @@ class _Encoder:
         self.calibration = None if calibration is None else calibration.tensors(request.device)
 
     @torch.no_grad()
-    def __call__(self, group: CropGroup) -> EncodedRows:
+    def __call__(self, batch: TeacherCropBatch) -> EncodedRows:
         spec = self.request.spec
-        targets = self.teacher(group.crops.to(self.request.device), num_crops=spec.num_crops)
+        targets = self.teacher(batch.crops.to(self.request.device), num_crops=spec.num_crops)
         return encode(targets, codec=spec.codec, calibration=self.calibration)
 
 
@@ -200,11 +264,10 @@ def _lay_out(request: BuildRequest, teacher: Teacher, read_crops: ReadCrops, *, 
     moments = ChannelMoments()
     sample: TeacherTargets | None = None
     with _progress_bar("calibration", wanted, shown=progress and spec.codec == "int8") as bar:
-        batches = read_crops(np.arange(wanted, dtype=np.int64), 0)
-        for group in regroup(batches, group_sizes(wanted, request.batch_size)):
-            sample = teacher(group.crops.to(request.device), num_crops=spec.num_crops)
+        for batch in read_crops(in_batches(np.arange(wanted), request.batch_size), 0):
+            sample = teacher(batch.crops.to(request.device), num_crops=spec.num_crops)
             moments.add(sample.patches)
-            bar.update(len(group.rows))
+            bar.update(len(batch.rows))
     assert sample is not None
     calibration = moments.calibration() if spec.codec == "int8" else None
     fingerprint = dict(request.fingerprint)
@@ -326,29 +389,25 @@ def build_cache(
     if progress and rank == 0:
         cost = check_disk(request.root, spec, view_sets)
         print(f"{cache}: {cost.describe(view_sets, spec.num_rows)}. Crops by {taken}: {reason}", file=sys.stderr)
-    read_crops = functools.partial(_read_crops, shards, seed, augmentation, taken, place, batch_size, num_threads)
+    read_crops = crop_reader(shards, seed, augmentation, taken, place, num_threads)
     return run_build(request, teacher, read_crops, rank=rank, world_size=world_size, progress=progress)
 
 
-def _read_crops(
-    shards: str | Path,
-    seed: int,
-    augmentation: Augmentation,
-    backend: str,
-    device: torch.device,
-    batch_size: int,
-    num_threads: int | None,
-    rows: npt.NDArray[np.int64],
-    view_set: int,
-) -> Iterable[TeacherCrops]:
-    return read_teacher_crops(
-        shards,
-        rows,
-        view_set=view_set,
-        seed=seed,
-        augmentation=augmentation,
-        backend=backend,
-        device=device,
-        batch_size=batch_size,
-        num_threads=num_threads,
-    )
+def crop_reader(
+    shards: str | Path, seed: int, augmentation: Augmentation, backend: str, device: torch.device, threads: int | None
+) -> ReadCrops:
+    """Return what reads the clean global crops of given batches of rows from a folder of shards."""
+
+    def read(batches: Sequence[npt.NDArray[np.int64]], view_set: int) -> Iterable[TeacherCropBatch]:
+        return read_teacher_crops(
+            shards,
+            batches,
+            view_set=view_set,
+            seed=seed,
+            augmentation=augmentation,
+            backend=backend,
+            device=device,
+            num_threads=threads,
+        )
+
+    return read

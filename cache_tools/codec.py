@@ -12,7 +12,10 @@ in both codecs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +23,8 @@ import torch
 from jaxtyping import Float, Int8
 from torch import Tensor
 
-from cache_tools.format import CodecName
+from cache_tools.errors import CacheCorrupt
+from cache_tools.format import CacheSpec, CodecName, Paths
 from common.errors import UserError
 from distill.targets import TeacherTargets
 
@@ -34,6 +38,11 @@ ROUNDOFF = {
 }
 # Roundings in fp32 that scale with |x - m| <= 127 a s: x - m, / s, / a, * s; two more for their products.
 FLOAT32_STEPS = 6
+# A channel with no more spread than this share of the others' is standardised by this share: a divisor near zero
+# would let later data in that channel set the scale of whole tokens.
+LEAST_STD_SHARE = 1e-3
+# The log-Gram matrix is the losses' own: Gram of normalised tokens plus the identity.
+LOG_GRAM_EPS = 1.0
 
 
 @dataclass(frozen=True)
@@ -180,3 +189,136 @@ def rounding_bound(values: Tensor, dtype: torch.dtype) -> Tensor:
     unit = ROUNDOFF[dtype]
     smallest = FP16_HALF_SUBNORMAL if dtype == torch.float16 else 0.0
     return values.double().abs() * (unit * (1 + 2 * unit)) + smallest
+
+
+class ChannelMoments:
+    """Mean and deviation of each channel over tokens that come batch by batch, in fp64 (Chan et al., 1983)."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._mean: Tensor | None = None
+        self._squares: Tensor | None = None
+
+    def add(self, tokens: Float[Tensor, "*b d"]) -> None:
+        """Take in tokens of any leading shape."""
+        values = tokens.detach().double().flatten(0, -2)  # [m, d]
+        count, mean = len(values), values.mean(0)
+        squares = (values - mean).square().sum(0)
+        if self._mean is None or self._squares is None:
+            self.count, self._mean, self._squares = count, mean, squares
+            return
+        total = self.count + count
+        delta = mean - self._mean
+        self._squares += squares + delta.square() * (self.count * count / total)
+        self._mean += delta * (count / total)
+        self.count = total
+
+    def calibration(self) -> Calibration:
+        """Return mean and deviation in fp32; UserError where a token was not finite."""
+        assert self._mean is not None and self._squares is not None
+        std = (self._squares / self.count).sqrt()
+        if not bool(torch.isfinite(std).all()):
+            raise UserError(
+                f"calibration: {int((~torch.isfinite(std)).sum())} of {len(std)} channels of the teacher's tokens "
+                "hold NaN or Inf. The weights are damaged, or the teacher overflows in this dtype. Check "
+                "--teacher_pretrained_weights."
+            )
+        typical = float(std.square().mean().sqrt()) or 1.0
+        std = std.clamp(min=LEAST_STD_SHARE * typical)
+        return Calibration(
+            self._mean.float().cpu().numpy().astype(np.float32), std.float().cpu().numpy().astype(np.float32)
+        )
+
+
+def calibration_sha256(calibration: Calibration) -> str:
+    """Return the hash of mean and std that the fingerprint carries."""
+    return hashlib.sha256(
+        calibration.mean.astype("<f4").tobytes() + calibration.std.astype("<f4").tobytes()
+    ).hexdigest()
+
+
+def load_calibration(path: Path, spec: CacheSpec, fingerprint: dict[str, Any]) -> Calibration | None:
+    """Return the int8 codec's statistics, checked against the fingerprint; None for fp16."""
+    if spec.codec != "int8":
+        return None
+    import zarr
+
+    folder = Paths(path).data / "codec"
+    try:
+        values = [np.asarray(zarr.open_array(folder / name, mode="r")[:]) for name in ("mean", "std")]
+    except Exception as error:  # zarr raises many kinds for a damaged array
+        raise CacheCorrupt(
+            f"{folder}: the codec's mean and std cannot be read ({type(error).__name__}: {error}). Without them "
+            "no row can be decoded. Copy the cache again, or build it again."
+        ) from error
+    calibration = Calibration(values[0].astype(np.float32), values[1].astype(np.float32))
+    found, recorded = calibration_sha256(calibration), fingerprint.get("codec", {}).get("calibration")
+    if found != recorded:
+        raise CacheCorrupt(
+            f"{folder}: mean and std have sha256 {found[:16]}, the fingerprint says {str(recorded)[:16]}. They "
+            "were altered, and every row would be decoded wrongly. Copy the cache again, or build it again."
+        )
+    return calibration
+
+
+@dataclass(frozen=True)
+class CodecQuality:
+    """Errors of decoded tokens.
+
+    Attributes:
+        cosine: mean cosine of decoded and original tokens.
+        standardised_cosine_p1: first percentile of the cosine after centring and scaling each channel: the harder
+            test, since a common mean hides errors from the plain cosine.
+        gram: relative Frobenius error of the Gram matrix of normalised tokens.
+        log_gram: the same of log(Gram + I), which the SPD loss compares.
+    """
+
+    cosine: float
+    standardised_cosine_p1: float
+    gram: float
+    log_gram: float
+
+    def to_json(self) -> dict[str, float]:
+        """Return a dictionary with six significant digits."""
+        return {name: float(f"{value:.6g}") for name, value in asdict(self).items()}
+
+
+def measure_codec(patches: Float[Tensor, "b n d"], codec: CodecName, calibration: Calibration | None) -> CodecQuality:
+    """Encode and decode tokens, and compare; `patches` are crops of n tokens in fp32 on the CPU."""
+    if codec == "fp16":
+        decoded = patches.half().float()
+    else:
+        assert calibration is not None
+        mean, std = calibration.tensors()
+        decoded = decode_int8(*encode_int8(patches, mean, std), mean, std)
+    return compare_tokens(patches, decoded)
+
+
+def compare_tokens(patches: Float[Tensor, "b n d"], decoded: Float[Tensor, "b n d"]) -> CodecQuality:
+    """Return the errors of `decoded` against `patches`, computed in fp64."""
+    x, y = patches.double(), decoded.double()
+    mean = x.mean((0, 1))
+    std = x.std((0, 1), correction=0).clamp(min=1e-12)
+    cosine = torch.nn.functional.cosine_similarity
+    standardised = cosine((x - mean) / std, (y - mean) / std, dim=-1).flatten()
+    return CodecQuality(
+        cosine=float(cosine(x, y, dim=-1).mean()),
+        standardised_cosine_p1=float(standardised.quantile(0.01)),
+        gram=_relative(_gram(x), _gram(y)),
+        log_gram=_relative(_log(_gram(x)), _log(_gram(y))),
+    )
+
+
+def _gram(tokens: Tensor) -> Tensor:
+    normal = torch.nn.functional.normalize(tokens, dim=-1)
+    return normal @ normal.mT
+
+
+def _log(gram: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh(gram)
+    logs = (values.clamp(min=0) + LOG_GRAM_EPS).log()
+    return (vectors * logs.unsqueeze(-2)) @ vectors.mT
+
+
+def _relative(expected: Tensor, found: Tensor) -> float:
+    return float((expected - found).norm() / expected.norm().clamp(min=1e-300))

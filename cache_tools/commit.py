@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cache_tools.errors import CacheCorrupt, CacheIncomplete
-from cache_tools.fingerprint import fingerprint_sha256
+from cache_tools.errors import REPAIR, CacheCorrupt, CacheIncomplete
 from cache_tools.format import (
     FORMAT_VERSION,
     CacheSpec,
@@ -18,10 +17,25 @@ from cache_tools.format import (
     read_json,
     write_small,
 )
-from cache_tools.shard_file import REPAIR, FileRecord
 from common.atomic import sync_folder
-from common.hashing import canonical_json
+from common.hashing import canonical_json, json_sha256
 from common.locks import file_lock
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What a commit record says of a file.
+
+    Attributes:
+        bytes: its size.
+        sha256: over the stored crc32c of its chunks, in order. Not over the file: a CRC over data that carry their
+            own CRC is a constant, and a sha256 of all bytes would cost another pass over them.
+        head: crc32c of its first chunk, which tells a file of another shard at the first read.
+    """
+
+    bytes: int
+    sha256: str
+    head: int
 
 
 @dataclass(frozen=True)
@@ -43,13 +57,7 @@ class Commit:
 
 def write_commit(paths: Paths, view_set: int, commit: Commit) -> None:
     """Write the record that makes a shard exist. Its files must be durable and in place."""
-    value = {
-        "shard": commit.shard,
-        "rows": commit.rows,
-        "fingerprint": commit.fingerprint,
-        "files": {name: record.to_json() for name, record in commit.files.items()},
-    }
-    write_small(paths.commit(view_set, commit.shard), canonical_json(value) + b"\n")
+    write_small(paths.commit(view_set, commit.shard), canonical_json(asdict(commit)) + b"\n")
 
 
 def read_commit(paths: Paths, view_set: int, shard: int, spec: CacheSpec, fingerprint: str) -> Commit:
@@ -57,10 +65,10 @@ def read_commit(paths: Paths, view_set: int, shard: int, spec: CacheSpec, finger
     path = paths.commit(view_set, shard)
     value = read_json(path)
     try:
-        files = {name: FileRecord.from_json(record) for name, record in value["files"].items()}
-        commit = Commit(int(value["shard"]), int(value["rows"]), str(value["fingerprint"]), files)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise CacheCorrupt(f"{path}: not a commit record ({error!r}). {REPAIR}") from error
+        files = {name: FileRecord(**record) for name, record in value.pop("files").items()}
+        commit = Commit(files=files, **value)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CacheCorrupt(f"{path}: not a commit record of this version ({error!r}). {REPAIR}") from error
     for name, found, expected in (
         ("shard", commit.shard, shard),
         ("rows", commit.rows, spec.shard_rows[shard]),
@@ -78,8 +86,8 @@ def committed_shards(paths: Paths, view_set: int, spec: CacheSpec) -> list[int]:
     return sorted(int(stem) for stem in found if stem.isdigit() and int(stem) < spec.num_shards)
 
 
-def read_commits(paths: Paths, view_set: int, spec: CacheSpec, fingerprint: str) -> list[Commit]:
-    """Return the records of a finished view set; CacheIncomplete where some are not there."""
+def read_commits(paths: Paths, view_set: int, spec: CacheSpec, fingerprint: str) -> dict[int, Commit]:
+    """Return the records of a finished view set by shard; CacheIncomplete where some are not there."""
     done = committed_shards(paths, view_set, spec)
     missing = sorted(set(range(spec.num_shards)) - set(done))
     if missing:
@@ -88,7 +96,7 @@ def read_commits(paths: Paths, view_set: int, spec: CacheSpec, fingerprint: str)
             f"{paths.root}: view set {view_set} lacks {len(missing)} of {spec.num_shards} shards ({shown}). "
             "The build was stopped; the same build command again continues it."
         )
-    return [read_commit(paths, view_set, shard, spec, fingerprint) for shard in done]
+    return {shard: read_commit(paths, view_set, shard, spec, fingerprint) for shard in done}
 
 
 @contextmanager
@@ -121,7 +129,7 @@ def write_manifest(paths: Paths, spec: CacheSpec, fingerprint: dict[str, Any]) -
         finished = [k for k in paths.view_sets() if len(committed_shards(paths, k, spec)) == spec.num_shards]
         value = {
             "format_version": FORMAT_VERSION,
-            "fingerprint": fingerprint_sha256(fingerprint),
+            "fingerprint": json_sha256(fingerprint),
             "shards": spec.num_shards,
             "rows": spec.num_rows,
             "bytes_per_view_set": spec.view_set_bytes(),

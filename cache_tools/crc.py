@@ -1,4 +1,4 @@
-"""CRC-32C without the interpreter lock: of rows, and of a file from the checksums of its parts."""
+"""CRC-32C without the interpreter lock."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from pathlib import Path
 import google_crc32c
 import numpy as np
 import numpy.typing as npt
-
-_POLYNOMIAL_REFLECTED = 0x82F63B78
 
 
 @functools.cache
@@ -61,45 +59,3 @@ def crc32c_rows(rows: npt.NDArray[np.uint8], chosen: npt.NDArray[np.int64] | Non
         return np.array([crc32c(rows[place]) for place in places], dtype=np.uint32)
     start, stride, length = rows.ctypes.data, rows.strides[0], rows.shape[1]
     return np.array([extend(0, start + place * stride, length) for place in places], dtype=np.uint32)
-
-
-def _apply(columns: list[int], vector: int) -> int:
-    """Multiply a 32 x 32 bit matrix, given by its columns, with a bit vector."""
-    result = 0
-    for column in columns:
-        if vector & 1:
-            result ^= column
-        vector >>= 1
-    return result
-
-
-def _power(columns: list[int], exponent: int) -> list[int]:
-    """Raise a bit matrix to a power by repeated squaring."""
-    result = [1 << i for i in range(32)]
-    while exponent:
-        if exponent & 1:
-            result = [_apply(columns, column) for column in result]
-        columns = [_apply(columns, column) for column in columns]
-        exponent >>= 1
-    return result
-
-
-@functools.cache
-def _shift_table(length: int) -> tuple[list[int], ...]:
-    """Four tables of 256 that advance a checksum over `length` zero bytes."""
-    one_bit = [_POLYNOMIAL_REFLECTED] + [1 << i for i in range(31)]
-    columns = _power(one_bit, 8 * length)
-    return tuple([_apply(columns, byte << (8 * k)) for byte in range(256)] for k in range(4))
-
-
-def crc32c_join(first: int, second: int, second_length: int) -> int:
-    """Return the CRC-32C of A followed by B from that of A, that of B and the length of B in bytes.
-
-    A file's checksum thus comes from the checksums of its rows, without a second pass over the bytes. CRC
-    is linear over GF(2): crc(A B) = M^(8 |B|) crc(A) xor crc(B), with M the matrix of one zero bit.
-    """
-    tables = _shift_table(second_length)
-    shifted = 0
-    for k in range(4):
-        shifted ^= tables[k][(first >> (8 * k)) & 0xFF]
-    return shifted ^ second

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from common.errors import UserError
 
+REPAIR = "Run `python -m cache_tools repair` on the cache and build again: only the damaged shards are rebuilt."
+
 
 class CacheMismatch(UserError):
     """The cache was made from another teacher, seed, codec, augmentation or set of shards."""
@@ -19,7 +21,3 @@ class CacheStale(UserError):
 
 class CacheCorrupt(UserError):
     """A file is missing, cut short, altered, or is not the one that was committed."""
-
-
-class CacheFallbackWarning(UserWarning):
-    """The cache is valid Zarr in another layout than ours: zarr-python reads it, several times slower."""

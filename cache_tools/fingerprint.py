@@ -6,7 +6,6 @@ from typing import Any
 
 from cache_tools.errors import CacheMismatch
 from cache_tools.format import CodecName
-from common.hashing import json_sha256
 from pipeline.augmentation import Augmentation
 from pipeline.plan import PLAN_VERSION, box_test_vector
 from shards.format import Manifest
@@ -63,11 +62,6 @@ def cache_fingerprint(
         if calibration_rows is not None and codec == "int8":
             fingerprint["codec"]["calibration_rows"] = calibration_rows
     return fingerprint
-
-
-def fingerprint_sha256(fingerprint: Json) -> str:
-    """Return the hash that every commit record carries."""
-    return json_sha256(fingerprint)
 
 
 def flatten(value: object, prefix: str = "") -> dict[str, object]:

@@ -13,7 +13,7 @@ from typing import Any, Literal, cast
 
 import numpy as np
 
-from cache_tools.errors import CacheCorrupt, CacheIncomplete, CacheMismatch
+from cache_tools.errors import REPAIR, CacheCorrupt, CacheIncomplete, CacheMismatch
 from common.atomic import open_atomic, sync_folder
 from common.errors import UserError
 from common.locks import file_lock
@@ -212,10 +212,36 @@ def array_metadata(array: ArrayLayout, spec: CacheSpec) -> dict[str, Any]:
     }
 
 
-def foreign_fields(path: Path, array: ArrayLayout, spec: CacheSpec) -> list[str]:
-    """Return the metadata fields in which the array on disk differs from the layout that is read directly."""
+def differing_fields(path: Path, array: ArrayLayout, spec: CacheSpec) -> list[str]:
+    """Return the metadata fields in which the array on disk differs from the cache's layout."""
     found = read_json(path / "zarr.json")
     return [key for key, value in array_metadata(array, spec).items() if found.get(key) != value]
+
+
+def metadata_faults(paths: Paths, view_set: int, spec: CacheSpec) -> dict[Path, str]:
+    """Return what is wrong with each metadata file of a view set.
+
+    Raises:
+        CacheMismatch: an array has another chunk layout.
+    """
+    group = paths.view(view_set) / "zarr.json"
+    faults = {} if group.exists() else {group: f"{group}: missing."}
+    for array in spec.arrays():
+        path = paths.view(view_set) / array.name / "zarr.json"
+        try:
+            fields = differing_fields(path.parent, array, spec)
+        except CacheCorrupt as error:
+            faults[path] = str(error)
+            continue
+        wrong = [f"{field} is {read_json(path).get(field)!r}" for field in fields if field in UNCHANGEABLE_FIELDS]
+        if wrong:
+            faults[path] = f"{path}: {', '.join(wrong)}, which does not fit the cache's attributes. {REPAIR}"
+        elif fields:
+            raise CacheMismatch(
+                f"{path}: {', '.join(fields)} are not those of the cache's own layout: it was rechunked or compressed. "
+                "zarr-python reads it; for training, copy the original cache again, or build it again."
+            )
+    return faults
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -303,7 +329,7 @@ def create_view_set(root: Path, view_set: int, spec: CacheSpec) -> None:
                 fill_value=0,
                 chunk_key_encoding={"name": "default", "separator": "."},
             )
-            foreign = foreign_fields(temporary / array.name, array, spec)
+            foreign = differing_fields(temporary / array.name, array, spec)
             if foreign:
                 raise UserError(
                     f"{array.name}: zarr {zarr.__version__} writes {', '.join(foreign)} in another way than the "

@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
-import numpy.typing as npt
 import torch
 import tyro
 
-from cache_tools.build import DEFAULT_CALIBRATION_ROWS
+from cache_tools.build import DEFAULT_CALIBRATION_ROWS, crop_reader
 from cache_tools.fingerprint import flatten
 from cache_tools.format import CodecName
-from cache_tools.write import TeacherCrops
+from cache_tools.write import ReadCrops
 from common.errors import UserError
 from distill.config import DEFAULT_TEACHER, DataConfig, TeacherConfig
 from distill.teacher import FrozenTeacher, load_teacher
 from pipeline.augmentation import Augmentation, preset
 from pipeline.backend import choose_backend
-from pipeline.readers import read_teacher_crops
 
 PRESETS = ("dino", "dinov2_released")
 CachePath = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CACHE")]
@@ -85,24 +80,10 @@ class TeacherOptions:
             teacher.compile()
         return teacher
 
-    def read_crops(self, device: torch.device) -> functools.partial[Iterable[TeacherCrops]]:
-        """Return a reader of the clean crops of rows."""
-        return functools.partial(self._read, device, choose_backend(self.backend, device)[0])
-
-    def _read(
-        self, device: torch.device, backend: str, rows: npt.NDArray[np.int64], view_set: int
-    ) -> Iterable[TeacherCrops]:
-        return read_teacher_crops(
-            self.shards,
-            rows,
-            view_set=view_set,
-            seed=self.seed,
-            augmentation=self.crops(),
-            backend=backend,
-            device=device,
-            batch_size=self.batch_size,
-            num_threads=self.num_threads,
-        )
+    def read_crops(self, device: torch.device) -> ReadCrops:
+        """Return a reader of the clean crops of batches of rows."""
+        backend = choose_backend(self.backend, device)[0]
+        return crop_reader(self.shards, self.seed, self.crops(), backend, device, self.num_threads)
 
 
 @dataclass(frozen=True)

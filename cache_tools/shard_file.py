@@ -7,64 +7,34 @@ sharding_indexed).
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import os
-from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass
+import resource
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from threading import Lock
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from cache_tools.crc import crc32c, crc32c_join, crc32c_rows
-from cache_tools.errors import CacheCorrupt
-from cache_tools.format import CRC_BYTES, ArrayLayout, partial_path
-from common.errors import UserError
+from cache_tools.commit import Commit, FileRecord
+from cache_tools.crc import crc32c, crc32c_rows
+from cache_tools.errors import REPAIR, CacheCorrupt
+from cache_tools.format import CRC_BYTES, ArrayLayout, CacheSpec, Paths, partial_path
+from common.atomic import open_atomic
 
 Bytes = npt.NDArray[np.uint8]
 ABSENT = np.uint64(2**64 - 1)
 IOVEC_MAX = 1024
 # Bytes read before they are checked: about what stays in a core's second-level cache.
 READ_AHEAD_BYTES = 1 << 20
-REPAIR = "Run `python -m cache_tools repair` on the cache and build again: only the damaged shards are rebuilt."
+OPEN_FILES = 512
 
 
-@dataclass(frozen=True)
-class FileRecord:
-    """What a commit record says of a file.
-
-    Attributes:
-        bytes: its size.
-        crc32c: checksum of its rows' bytes one after the other, without the stored checksums: a CRC over data that
-            carry their own CRC is a constant, whatever the data.
-        head: checksum of its first row, which tells a file of another shard at the first read.
-    """
-
-    bytes: int
-    crc32c: int
-    head: int
-
-    def to_json(self) -> dict[str, int]:
-        """Return a dictionary."""
-        return {"bytes": self.bytes, "crc32c": self.crc32c, "head": self.head}
-
-    @staticmethod
-    def from_json(value: dict[str, Any]) -> FileRecord:
-        """Read what `to_json` wrote."""
-        return FileRecord(int(value["bytes"]), int(value["crc32c"]), int(value["head"]))
-
-
-def write_all(fd: int, buffers: Sequence[memoryview]) -> None:
-    """Write every byte of `buffers`; the kernel may take less than it is given."""
-    pending = [buffer for buffer in buffers if buffer.nbytes]
-    while pending:
-        written = os.writev(fd, pending[:IOVEC_MAX])
-        while pending and written >= pending[0].nbytes:
-            written -= pending.pop(0).nbytes
-        if written:
-            pending[0] = pending[0][written:]
+def row_dtype(row_bytes: int) -> np.dtype[np.void]:
+    """Return the stored form of a row: its bytes and their crc32c."""
+    return np.dtype([("data", np.uint8, (row_bytes,)), ("crc", "<u4")])
 
 
 def read_all(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
@@ -94,72 +64,60 @@ def index_bytes(array: ArrayLayout, *, rows: int, capacity: int) -> Bytes:
 
 
 class ShardFileWriter:
-    """Writes one array's rows of one tar shard; nothing has the final name before `close`."""
+    """Writes one array's rows of one tar shard; nothing has the final name before `close`.
+
+    Raises:
+        UserError: from every method, where the disk refuses; the message names the file.
+    """
 
     def __init__(self, path: Path, array: ArrayLayout, *, capacity: int):
         self.path = path
         self.array = array
         self.capacity = capacity
         self.rows = 0
-        self._bytes = 0
-        self._crc = 0
-        self._head = 0
-        self._fd = os.open(partial_path(path), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        self._crcs: list[npt.NDArray[np.uint32]] = []
+        self._opened = ExitStack()
+        self._file = self._opened.enter_context(open_atomic(path, temporary=partial_path(path)))
 
     def append(self, rows: Bytes) -> None:
-        """Write the next rows, uint8 [m, row_bytes]. Raises UserError where the disk refuses."""
+        """Write the next rows, uint8 [m, row_bytes]."""
         assert rows.shape[1] == self.array.row_bytes and self.rows + len(rows) <= self.capacity
-        crcs = crc32c_rows(rows)
-        words = crcs.astype("<u4").view(np.uint8).reshape(-1, CRC_BYTES)
-        if self.rows == 0 and len(rows):
-            self._head = int(crcs[0])
-        self._put([memoryview(part) for row, word in zip(rows, words, strict=True) for part in (row, word)])
-        for crc in crcs.tolist():
-            self._crc = crc32c_join(self._crc, crc, self.array.row_bytes)
+        stored = np.empty(len(rows), row_dtype(self.array.row_bytes))
+        stored["data"], stored["crc"] = rows, crc32c_rows(rows)
+        self._put(stored)
+        self._crcs.append(stored["crc"].copy())
         self.rows += len(rows)
 
     def append_whole(self, rows: Bytes) -> None:
         """Write all rows of an array whose chunk is the tar shard; rows short of the capacity are zeros."""
-        chunk = np.zeros((self.capacity, self.array.row_bytes), np.uint8)
-        chunk[: len(rows)] = rows
-        self._crc = self._head = crc32c(chunk)
-        word = np.frombuffer(self._crc.to_bytes(CRC_BYTES, "little"), np.uint8)
-        self._put([memoryview(chunk.reshape(-1)), memoryview(word)])
+        stored = np.zeros(1, row_dtype(self.capacity * self.array.row_bytes))
+        stored["data"][0, : rows.size] = rows.reshape(-1)
+        stored["crc"] = crc32c(stored["data"])
+        self._put(stored)
+        self._crcs.append(stored["crc"].copy())
         self.rows = len(rows)
 
     def close(self) -> FileRecord:
-        """Write the index, make the file durable and name it. The folder is the caller's to sync."""
+        """Write the index, make the file durable and name it."""
         if self.array.per_row:
-            self._put([memoryview(index_bytes(self.array, rows=self.rows, capacity=self.capacity))])
-        try:
-            os.fsync(self._fd)
-        except OSError as error:
-            raise self._refused(error) from error
-        os.close(self._fd)
-        self._fd = -1
-        partial_path(self.path).replace(self.path)
-        return FileRecord(self._bytes, self._crc, self._head)
+            self._put(index_bytes(self.array, rows=self.rows, capacity=self.capacity))
+        self._opened.close()
+        crcs = np.concatenate([np.empty(0, "<u4"), *self._crcs])
+        size = self.array.file_bytes(self.rows, self.capacity)
+        return FileRecord(size, hashlib.sha256(crcs.tobytes()).hexdigest(), int(crcs[0]) if len(crcs) else 0)
 
     def abort(self) -> None:
         """Remove what was written; does nothing after `close`."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-            partial_path(self.path).unlink(missing_ok=True)
+        # No Exception: that would be looked at for what the disk had against it.
+        self._opened.pop_all().__exit__(GeneratorExit, GeneratorExit(), None)
 
-    def _put(self, buffers: list[memoryview]) -> None:
+    def _put(self, stored: npt.NDArray[np.generic]) -> None:
         try:
-            write_all(self._fd, buffers)
-        except OSError as error:
-            raise self._refused(error) from error
-        self._bytes += sum(buffer.nbytes for buffer in buffers)
-
-    def _refused(self, error: OSError) -> UserError:
-        return UserError(
-            f"{self.path}: writing row {self.rows} failed: {error.strerror} (errno {error.errno}). The shard was "
-            "not committed, and finished shards are kept. Free some space, or mend the disk, and run the same "
-            "build again."
-        )
+            self._file.write(stored)
+        except BaseException as error:
+            # Through the atomic writer, which removes the file and says what the disk refused.
+            self._opened.pop_all().__exit__(type(error), error, error.__traceback__)
+            raise
 
 
 class ShardFile:
@@ -173,14 +131,14 @@ class ShardFile:
         self.path = path
         self.array = array
         self.rows = rows
+        self.record = record
         self._fd = -1
         try:
             self._fd = os.open(path, os.O_RDONLY)
         except FileNotFoundError as error:
             raise CacheCorrupt(f"{path}: missing, though its shard was committed. {REPAIR}") from error
         size = os.fstat(self._fd).st_size
-        if size != record.bytes or size != array.file_bytes(rows, capacity):
-            raise CacheCorrupt(f"{path}: {size} bytes, {record.bytes} were committed. {REPAIR}")
+        _check_size(path, size, array.file_bytes(rows, capacity), record)
         tail = index_bytes(array, rows=rows, capacity=capacity)
         found = np.empty_like(tail)
         read_all(self._fd, [memoryview(found)], size - tail.size)
@@ -198,14 +156,22 @@ class ShardFile:
         if self._fd >= 0:
             os.close(self._fd)
 
-    def read(self, rows: npt.NDArray[np.int64], out: Bytes, slots: npt.NDArray[np.int64], *, check: bool) -> None:
+    def read(
+        self, rows: npt.NDArray[np.int64], out: Bytes, slots: npt.NDArray[np.int64], *, check: bool
+    ) -> npt.NDArray[np.uint32]:
         """Read `rows` into `out[slots]`.
 
         Args:
             rows: places in the shard, ascending is fastest, int64 [m].
             out: uint8 [slots, row_bytes].
             slots: int64 [m].
-            check: verify each row's crc32c; raises CacheCorrupt naming row and file.
+            check: verify each row's crc32c.
+
+        Returns:
+            The stored crc32c of each row, uint32 [m].
+
+        Raises:
+            CacheCorrupt: a row fails its checksum, or the file ends before it; names row and file.
         """
         stride = self.array.row_bytes + CRC_BYTES
         most = max(1, min(IOVEC_MAX // 2, READ_AHEAD_BYTES // stride))
@@ -222,6 +188,7 @@ class ShardFile:
                 if check and (stop == len(rows) or (stop - unchecked) * stride >= READ_AHEAD_BYTES):
                     self._check(rows[unchecked:stop], out, slots[unchecked:stop], words[unchecked:stop])
                     unchecked = stop
+        return words.view("<u4")[:, 0]
 
     def _check(self, rows: npt.NDArray[np.int64], out: Bytes, slots: npt.NDArray[np.int64], words: Bytes) -> None:
         stored, found = words.view("<u4")[:, 0], crc32c_rows(out, slots)
@@ -232,64 +199,66 @@ class ShardFile:
                 f"bytes changed on disk. {REPAIR}"
             )
 
-    def advise(self, rows: npt.NDArray[np.int64]) -> None:
-        """Ask the kernel to read `rows` ahead, in runs of neighbours."""
-        if not hasattr(os, "posix_fadvise"):  # macOS
-            return
-        stride = self.array.row_bytes + CRC_BYTES
-        rows = np.sort(rows)
-        for run in np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1):
-            os.posix_fadvise(self._fd, int(run[0]) * stride, len(run) * stride, os.POSIX_FADV_WILLNEED)
-
-    def content_crc32c(self) -> int:
-        """Read and check every row; return the checksum of their bytes, as `FileRecord.crc32c` has it."""
-        row = np.empty((1, self.array.row_bytes), np.uint8)
-        slot, crc = np.zeros(1, np.int64), 0
+    def check_content(self) -> None:
+        """Read and check every row, and then all checksums against the commit record."""
+        row, digest = np.empty((1, self.array.row_bytes), np.uint8), hashlib.sha256()
         for place in range(self.rows):
-            self.read(np.array([place]), row, slot, check=True)
-            crc = crc32c_join(crc, int(crc32c_rows(row)[0]), self.array.row_bytes)
-        return crc
+            digest.update(self.read(np.array([place]), row, np.zeros(1, np.int64), check=True).tobytes())
+        if digest.hexdigest() != self.record.sha256:
+            raise CacheCorrupt(
+                f"{self.path}: its checksums have sha256 {digest.hexdigest()[:16]}, {self.record.sha256[:16]} was "
+                f"committed, though each row fits its own checksum: rows of another shard or another build. {REPAIR}"
+            )
 
 
-def read_whole(path: Path, array: ArrayLayout, *, rows: int, capacity: int, record: FileRecord) -> Bytes:
-    """Read and check an array whose chunk is the tar shard; uint8 [rows, row_bytes]."""
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError as error:
-        raise CacheCorrupt(f"{path}: missing, though its shard was committed. {REPAIR}") from error
-    expected = array.file_bytes(rows, capacity)
-    if len(data) != expected or len(data) != record.bytes:
-        raise CacheCorrupt(f"{path}: {len(data)} bytes, {record.bytes} were committed. {REPAIR}")
-    found = crc32c(data[:-CRC_BYTES])
-    if found != int.from_bytes(data[-CRC_BYTES:], "little") or found != record.head:
-        raise CacheCorrupt(f"{path}: crc32c {found:08x}, {record.head:08x} was committed. {REPAIR}")
-    return np.frombuffer(data, np.uint8, rows * array.row_bytes).reshape(rows, array.row_bytes)
+class ViewSetFiles:
+    """The shard files of one view set, at most `limit` of them open.
+
+    Attributes:
+        commits: by shard; only these shards can be read.
+    """
+
+    def __init__(
+        self, paths: Paths, view_set: int, spec: CacheSpec, commits: Mapping[int, Commit], *, limit: int | None = None
+    ):
+        self.commits = commits
+        self._paths, self._view_set, self._spec = paths, view_set, spec
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        # A file that is evicted while a thread reads it lives until that thread lets go of it.
+        self.open = functools.lru_cache(limit or max(4, min(OPEN_FILES, soft // 4)))(self._open)
+
+    def _open(self, array: ArrayLayout, shard: int) -> ShardFile:
+        path, commit = self._paths.chunk(self._view_set, array, shard), self.commits[shard]
+        return ShardFile(
+            path, array, rows=commit.rows, capacity=self._spec.capacity, record=commit.files[array.name]
+        )
+
+    def check_sizes(self) -> None:
+        """Raise CacheCorrupt where a committed file is missing or has another size."""
+        for commit in self.commits.values():
+            for array in self._spec.arrays():
+                path = self._paths.chunk(self._view_set, array, commit.shard)
+                try:
+                    size = path.stat().st_size
+                except FileNotFoundError as error:
+                    raise CacheCorrupt(f"{path}: missing, though its shard was committed. {REPAIR}") from error
+                _check_size(path, size, array.file_bytes(commit.rows, self._spec.capacity), commit.files[array.name])
+
+    def read_whole(self, array: ArrayLayout, shard: int) -> Bytes:
+        """Read and check an array whose chunk is the tar shard; uint8 [rows, row_bytes]."""
+        path, commit = self._paths.chunk(self._view_set, array, shard), self.commits[shard]
+        record = commit.files[array.name]
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError as error:
+            raise CacheCorrupt(f"{path}: missing, though its shard was committed. {REPAIR}") from error
+        _check_size(path, len(data), array.file_bytes(commit.rows, self._spec.capacity), record)
+        found = crc32c(data[:-CRC_BYTES])
+        if found != int.from_bytes(data[-CRC_BYTES:], "little") or found != record.head:
+            raise CacheCorrupt(f"{path}: crc32c {found:08x}, {record.head:08x} was committed. {REPAIR}")
+        return np.frombuffer(data, np.uint8, commit.rows * array.row_bytes).reshape(commit.rows, array.row_bytes)
 
 
-class OpenFiles:
-    """The shard files used last, at most `limit` of them open."""
-
-    def __init__(self, limit: int):
-        self.limit = limit
-        self._files: OrderedDict[Path, ShardFile] = OrderedDict()
-        self._lock = Lock()
-
-    def get(self, path: Path, array: ArrayLayout, *, rows: int, capacity: int, record: FileRecord) -> ShardFile:
-        """Return the open file at `path`. A file that is evicted while a thread reads it lives until it is done."""
-        with self._lock:
-            file = self._files.get(path)
-            if file is not None:
-                self._files.move_to_end(path)
-                return file
-        file = ShardFile(path, array, rows=rows, capacity=capacity, record=record)
-        with self._lock:
-            file = self._files.setdefault(path, file)
-            self._files.move_to_end(path)
-            while len(self._files) > self.limit:
-                self._files.popitem(last=False)
-        return file
-
-    def close(self) -> None:
-        """Let go of every file."""
-        with self._lock:
-            self._files.clear()
+def _check_size(path: Path, size: int, expected: int, record: FileRecord) -> None:
+    if size != record.bytes or size != expected:
+        raise CacheCorrupt(f"{path}: {size} bytes, {record.bytes} were committed. {REPAIR}")

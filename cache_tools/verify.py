@@ -11,27 +11,26 @@ import numpy as np
 import torch
 
 from cache_tools.build import Teacher
-from cache_tools.calibration import load_calibration
-from cache_tools.commit import Commit, committed_shards, drop_commit, read_commit, shard_lock, write_manifest
+from cache_tools.codec import load_calibration
+from cache_tools.commit import committed_shards, drop_commit, read_commit, shard_lock, write_manifest
 from cache_tools.errors import CacheCorrupt
-from cache_tools.fingerprint import fingerprint_sha256
 from cache_tools.format import (
-    UNCHANGEABLE_FIELDS,
     CacheSpec,
     Paths,
     cache_lock,
     create_view_set,
-    foreign_fields,
+    metadata_faults,
     partial_path,
     read_attributes,
     write_small,
 )
 from cache_tools.join import unpack_ids
 from cache_tools.read import TeacherCache
-from cache_tools.shard_file import REPAIR, FileRecord
-from cache_tools.source import DirectSource, RowSource, open_source
+from cache_tools.shard_file import Bytes, ViewSetFiles
 from cache_tools.write import ReadCrops
 from common.errors import UserError
+from common.hashing import json_sha256
+from pipeline.readers import in_batches
 from shards.index import ShardIndex
 
 # A cached token against the same teacher run again. int8 alone leaves 0.9999; bf16 in batches of other shapes costs up
@@ -104,7 +103,7 @@ def verify_cache(
     attributes = read_attributes(root)
     spec, fingerprint = CacheSpec.from_json(attributes["spec"]), attributes["fingerprint"]
     load_calibration(root, spec, fingerprint)
-    paths, digest = Paths(root), fingerprint_sha256(fingerprint)
+    paths, digest = Paths(root), json_sha256(fingerprint)
     damages: list[Damage] = []
     missing: dict[int, int] = {}
     shards = rows = 0
@@ -112,7 +111,7 @@ def verify_cache(
         done = committed_shards(paths, k, spec)
         if len(done) < spec.num_shards:
             missing[k] = spec.num_shards - len(done)
-        broken = broken_metadata(paths, k, spec)
+        broken = metadata_faults(paths, k, spec)
         damages += [Damage(k, None, message) for message in broken.values()]
         for shard in [] if broken else done:
             try:
@@ -125,26 +124,9 @@ def verify_cache(
     return VerifyReport(shards, rows, missing, tuple(damages))
 
 
-def broken_metadata(paths: Paths, view_set: int, spec: CacheSpec) -> dict[Path, str]:
-    """Return what is wrong with each metadata file of a view set; another chunk layout is not wrong."""
-    group = paths.view(view_set) / "zarr.json"
-    broken = {} if group.exists() else {group: f"{group}: missing."}
-    for array in spec.arrays():
-        path = paths.view(view_set) / array.name / "zarr.json"
-        try:
-            foreign = foreign_fields(path.parent, array, spec)
-        except CacheCorrupt as error:
-            broken[path] = str(error)
-            continue
-        wrong = [field for field in foreign if field in UNCHANGEABLE_FIELDS]
-        if wrong:
-            broken[path] = f"{path}: {', '.join(wrong)} differ from what the cache's attributes say."
-    return broken
-
-
 def _restore_metadata(paths: Paths, view_set: int, spec: CacheSpec) -> None:
     """Write broken metadata again: it follows from the cache's attributes."""
-    broken = broken_metadata(paths, view_set, spec)
+    broken = metadata_faults(paths, view_set, spec)
     if not broken:
         return
     with tempfile.TemporaryDirectory() as folder:
@@ -161,53 +143,25 @@ def _verify_shard(
     paths: Paths, spec: CacheSpec, view_set: int, shard: int, digest: str, *, deep: bool, index: ShardIndex | None
 ) -> None:
     commit = read_commit(paths, view_set, shard, spec, digest)
-    # The reader takes one record a shard; only this one is looked at.
-    others = [Commit(k, rows, digest, {}) for k, rows in enumerate(spec.shard_rows)]
-    others[shard] = commit
-    source = open_source(paths, view_set, spec, others, check_sizes=False)
-    try:
-        for array in spec.arrays():
-            if not array.per_row:
-                source.read_whole(array, shard)
-            elif isinstance(source, DirectSource):
-                file = source.open(array, shard)
-                if deep:
-                    _check_content(file.content_crc32c(), commit.files[array.name], str(file.path))
-            elif deep:
-                _read_all_rows(source, spec, shard)
-        if index is not None:
-            _check_identity(source, spec, view_set, shard, index, where=str(paths.view(view_set)))
-    finally:
-        source.close()
-
-
-def _check_content(found: int, record: FileRecord, where: str) -> None:
-    if found != record.crc32c:
-        raise CacheCorrupt(
-            f"{where}: its rows have crc32c {found:08x}, {record.crc32c:08x} was committed, though each row fits its "
-            f"own checksum: rows of another shard or another build. {REPAIR}"
-        )
-
-
-def _read_all_rows(source: RowSource, spec: CacheSpec, shard: int) -> None:
+    files = ViewSetFiles(paths, view_set, spec, {shard: commit})
+    whole = {array.name: files.read_whole(array, shard) for array in spec.arrays() if not array.per_row}
     for array in spec.arrays():
         if array.per_row:
-            out = np.empty((1, array.row_bytes), np.uint8)
-            for row in range(spec.shard_rows[shard]):
-                source.read(array, shard, np.array([row]), out, np.array([0]), check=True)
+            file = files.open(array, shard)
+            if deep:
+                file.check_content()
+    if index is not None:
+        _check_identity(whole["id"], whole["img_crc"], spec, shard, index, where=str(paths.view(view_set)))
 
 
-def _check_identity(
-    source: RowSource, spec: CacheSpec, view_set: int, shard: int, index: ShardIndex, *, where: str
-) -> None:
-    arrays = {array.name: array for array in spec.arrays()}
+def _check_identity(ids: Bytes, crcs: Bytes, spec: CacheSpec, shard: int, index: ShardIndex, *, where: str) -> None:
     start = sum(spec.shard_rows[:shard])
     part = slice(start, start + spec.shard_rows[shard])
     if len(index) != spec.num_rows:
         raise CacheCorrupt(f"{where}: {spec.num_rows} rows, the shards hold {len(index)}. Give the cache's own shards.")
     for name, found, expected in (
-        ("id", unpack_ids(source.read_whole(arrays["id"], shard)), index.uid[part]),
-        ("image checksum", source.read_whole(arrays["img_crc"], shard).view("<u4")[:, 0], index.crc32c[part]),
+        ("id", unpack_ids(ids), index.uid[part]),
+        ("image checksum", crcs.view("<u4")[:, 0], index.crc32c[part]),
     ):
         differ = np.flatnonzero(found != expected)
         if len(differ):
@@ -220,7 +174,14 @@ def _check_identity(
 
 
 def verify_against_teacher(
-    cache: TeacherCache, teacher: Teacher, read_crops: ReadCrops, *, rows: int, seed: int, device: torch.device
+    cache: TeacherCache,
+    teacher: Teacher,
+    read_crops: ReadCrops,
+    *,
+    rows: int,
+    seed: int,
+    device: torch.device,
+    batch_size: int = 64,
 ) -> TeacherAgreement:
     """Run the teacher again on rows drawn from all open view sets, and compare.
 
@@ -233,7 +194,7 @@ def verify_against_teacher(
     per_view = -(-rows // len(cache.view_sets))
     for k in cache.view_sets:
         chosen = np.sort(generator.choice(cache.num_rows, min(per_view, cache.num_rows), replace=False))
-        for batch in read_crops(chosen.astype(np.int64), k):
+        for batch in read_crops(in_batches(chosen, batch_size), k):
             live = teacher(batch.crops.to(device), num_crops=cache.spec.num_crops).patches.double().cpu()
             cached = cache.fetch(batch).patches.double()
             mean, std = (0.0, 1.0) if cache.calibration is None else cache.calibration.tensors()
@@ -266,7 +227,7 @@ def repair_cache(root: Path) -> tuple[Damage, ...]:
     attributes = read_attributes(root)
     spec, paths = CacheSpec.from_json(attributes["spec"]), Paths(root)
     damages = tuple(
-        Damage(k, None, message) for k in paths.view_sets() for message in broken_metadata(paths, k, spec).values()
+        Damage(k, None, message) for k in paths.view_sets() for message in metadata_faults(paths, k, spec).values()
     )
     for k in paths.view_sets():
         _restore_metadata(paths, k, spec)

@@ -27,13 +27,7 @@ from pipeline.masks import block_masks
 from pipeline.order import DEFAULT_BLOCK, DEFAULT_WINDOW, epoch_order, rank_positions
 from pipeline.plan import PLAN_VERSION, crop_plan, global_crops_spec
 from pipeline.readahead import Readahead
-from pipeline.readers import CenterCropBatch, TeacherCropBatch, read_center_crops, read_teacher_crops
 from pipeline.source import ShardSource
-
-__all__ = [
-    "CenterCropBatch", "MultiCropLoader", "TeacherCropBatch", "open_loader", "read_center_crops",
-    "read_teacher_crops",
-]  # fmt: skip
 
 STALL_SECONDS = 600.0
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -71,34 +71,40 @@ class CenterCropBatch:
     labels: Int64[Tensor, " b"]
 
 
+def in_batches(rows: npt.ArrayLike, batch_size: int) -> list[npt.NDArray[np.int64]]:
+    """Cut rows into batches, the last one partial; UserError for a batch size below 1."""
+    if batch_size < 1:
+        raise UserError(f"batch_size is {batch_size}. It must be at least 1. Change batch_size.")
+    rows = np.asarray(rows, np.int64).reshape(-1)
+    return [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+
+
 def read_teacher_crops(
     shards: str | Path,
-    rows: npt.ArrayLike,
+    batches: Sequence[npt.NDArray[np.int64]],
     *,
     view_set: int,
     seed: int,
     augmentation: Augmentation,
     backend: str = "auto",
     device: str | torch.device = "cpu",
-    batch_size: int = 64,
     num_threads: int | None = None,
     hw_decoder_load: float = 0.0,
     access: str = "auto",
 ) -> Iterator[TeacherCropBatch]:
-    """Read rows in their order, the last batch partial.
+    """Read given batches of rows in their order; one batch of crops for each.
 
     The crops equal, bit for bit, the `teacher_crops` that `open_loader` gives with the same backend and device
     for the same row, view set, seed and augmentation.
 
     Args:
         shards: folder of packed shards.
-        rows: rows of the index, in any order.
+        batches: rows of the index in any order, such as `in_batches` makes.
         view_set: fixes boxes and flips.
         seed: 64-bit seed.
         augmentation: of which only what the teacher sees matters, see `Augmentation.geometry_fingerprint`.
         backend: `auto`, `dali`, `cpu` or `torch`.
         device: where the crops are wanted.
-        batch_size: images of a batch.
         num_threads: threads that decode and crop; by default the usable cores, at most 8.
         hw_decoder_load: DALI on a GPU: 0.0 or 1.0, see `BackendOptions`.
         access: how shards are read, see `ShardSource`.
@@ -126,8 +132,8 @@ def read_teacher_crops(
         )
 
     global_only = augmentation.global_only()
-    options = _options(device, num_threads, batch_size, hw_decoder_load)
-    return _read(source, rows, teacher_work(augmentation), options, backend, plan, assemble)
+    options = _options(device, num_threads, batches, hw_decoder_load)
+    return _read(source, batches, teacher_work(augmentation), options, backend, plan, assemble)
 
 
 def read_center_crops(
@@ -161,7 +167,8 @@ def read_center_crops(
         UserError: at the call for settings and shards, while iterating for a sample that cannot be decoded.
     """
     source = ShardSource(shards, access=access)
-    options = _options(device, num_threads, batch_size, hw_decoder_load)
+    batches = in_batches(rows, batch_size)
+    options = _options(device, num_threads, batches, hw_decoder_load)
     center_crop_plan(np.ones((1, 2)), crop_ratio=crop_ratio)
 
     def plan(_: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64]) -> CropPlan:
@@ -172,35 +179,37 @@ def read_center_crops(
         labels = to_device(source.index.label[job.rows].astype(np.int64), options.device)
         return CenterCropBatch(rows=job.rows, crops=crops.clean_crops, labels=labels)
 
-    return _read(source, rows, center_work(size), options, backend, plan, assemble)
+    return _read(source, batches, center_work(size), options, backend, plan, assemble)
 
 
 def _options(
-    device: str | torch.device, num_threads: int | None, batch_size: int, hw_decoder_load: float
+    device: str | torch.device,
+    num_threads: int | None,
+    batches: Sequence[npt.NDArray[np.int64]],
+    hw_decoder_load: float,
 ) -> BackendOptions:
-    if batch_size < 1:
-        raise UserError(f"batch_size is {batch_size}. It must be at least 1. Change batch_size.")
+    batch_size = max((len(rows) for rows in batches), default=1)
     threads = default_num_threads() if num_threads is None else num_threads
     return BackendOptions(resolve_device(device), threads, batch_size, hw_decoder_load)
 
 
 def _read(
     source: ShardSource,
-    rows: npt.ArrayLike,
+    batches: Sequence[npt.NDArray[np.int64]],
     work: CropWork,
     options: BackendOptions,
     backend: str,
     plan: _MakePlan,
     assemble: Callable[[Job, Crops], B],
 ) -> Iterator[B]:
-    chosen = np.asarray(rows, np.int64).reshape(-1)
+    chosen = np.concatenate([np.empty(0, np.int64), *batches])
     if len(chosen) and (chosen.min() < 0 or chosen.max() >= len(source)):
         raise UserError(
             f"{source.folder}: rows from {chosen.min()} to {chosen.max()} asked for, there are {len(source)}. "
             "Choose rows of these shards."
         )
     taken, _ = choose_backend(backend, options.device)
-    make = functools.partial(_batches, source, chosen, work, options, taken, plan, assemble)
+    make = functools.partial(_batches, source, batches, work, options, taken, plan, assemble)
     return _iterate(make)
 
 
@@ -219,7 +228,7 @@ def _iterate(make: Callable[[], Iterator[Ready[B]]]) -> Iterator[B]:
 
 def _batches(
     source: ShardSource,
-    rows: npt.NDArray[np.int64],
+    batches: Sequence[npt.NDArray[np.int64]],
     work: CropWork,
     options: BackendOptions,
     backend: str,
@@ -229,10 +238,11 @@ def _batches(
     failures = FailurePolicy("raise")
 
     def jobs() -> Iterator[Job]:
-        ahead = Readahead(source, rows, _READAHEAD_ROWS)
-        for start in range(0, len(rows), options.max_batch_size):
-            part = rows[start : start + options.max_batch_size]
-            ahead.step(start, options.max_batch_size)
+        ahead = Readahead(source, np.concatenate([np.empty(0, np.int64), *batches]), _READAHEAD_ROWS)
+        start = 0
+        for part in batches:
+            ahead.step(start, len(part))
+            start += len(part)
             sizes = source.sizes(part)
             yield Job(part, CropRequest(source.jpegs(part), sizes, plan(part, sizes)))
 

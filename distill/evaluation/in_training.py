@@ -10,7 +10,7 @@ from torch import nn
 from distill.config import TrainConfig
 from distill.evaluation.knn import knn_top1
 from pipeline.batch import normalise
-from pipeline.loader import CenterCropBatch, read_center_crops
+from pipeline.readers import CenterCropBatch, read_center_crops
 from shards.format import load_manifest
 
 

@@ -116,7 +116,7 @@ def knn_top1(
 
     Args:
         model: a timm ViT; its training mode is restored.
-        bank: labelled centre crops that vote, as `pipeline.loader.read_center_crops` yields them.
+        bank: labelled centre crops that vote, as `pipeline.readers.read_center_crops` yields them.
         queries: labelled centre crops to classify, of other rows or other shards.
         normalise: uint8 NHWC to float NCHW.
         device: where the model is.

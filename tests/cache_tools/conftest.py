@@ -7,7 +7,7 @@ import pytest
 
 from cache_tools.build import run_build
 from cache_tools.format import CodecName
-from cache_tools.synthetic import SyntheticReader, SyntheticTeacher, synthetic_request
+from tests.cache_tools.synthetic import SyntheticReader, SyntheticTeacher, synthetic_request
 
 BuildSmall = Callable[..., Path]
 

@@ -4,8 +4,9 @@ import dataclasses
 import errno
 import fcntl
 import json
+import tempfile
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,46 +23,41 @@ from cache_tools.errors import CacheMismatch
 from cache_tools.fingerprint import differences, flatten
 from cache_tools.format import CacheSpec
 from cache_tools.read import TeacherCache
-from cache_tools.synthetic import SyntheticReader, SyntheticTeacher, synthetic_batch, synthetic_request
-from cache_tools.write import CropGroup, group_sizes, regroup
 from common.errors import UserError
+from pipeline.readers import TeacherCropBatch
+from tests.cache_tools.synthetic import SyntheticReader, SyntheticTeacher, synthetic_batch, synthetic_request
 
 BuildSmall = Callable[..., Path]
+Batches = Sequence[npt.NDArray[np.int64]]
 
 
-@settings(deadline=None, max_examples=40)
-@given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(1, 7), st.integers(1, 6))
-def test_groups_are_cut_at_shards_whatever_batches_the_loader_gives(
-    shard_rows: list[int], loader_batch: int, group: int
-) -> None:
-    rows = np.arange(sum(shard_rows))
-    sizes = [size for n in shard_rows for size in group_sizes(n, group)]
-    groups = list(regroup(SyntheticReader(batch_size=loader_batch)(rows, 0), sizes))
-    assert [len(g.rows) for g in groups] == sizes
-    assert sum(sizes) == len(rows) and max(sizes) <= group
-    for got in groups:
-        expected = synthetic_batch(got.rows, 0)
-        assert torch.equal(got.crops, expected.crops)
-        for name in ("uids", "image_crcs", "global_crops_spec"):
-            assert np.array_equal(getattr(got, name), getattr(expected, name))
-    assert np.array_equal(np.concatenate([g.rows for g in groups]), rows)
+@settings(deadline=None, max_examples=25)
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=6).filter(any), st.integers(1, 7))
+def test_the_teacher_sees_batches_that_are_cut_at_shards(shard_rows: list[int], batch_size: int) -> None:
+    seen: list[list[int]] = []
+
+    class Watching(SyntheticReader):
+        def __call__(self, batches: Batches, view_set: int) -> Iterator[TeacherCropBatch]:
+            seen.extend(rows.tolist() for rows in batches)
+            return super().__call__(batches, view_set)
+
+    with tempfile.TemporaryDirectory() as folder:
+        request = synthetic_request(Path(folder) / "cache", shard_rows=tuple(shard_rows), batch_size=batch_size)
+        run_build(request, SyntheticTeacher(), Watching(), progress=False)
+        with TeacherCache.open(request.root) as cache:
+            assert cache.num_rows == sum(shard_rows)
+    seen = seen[-(-min(6, sum(shard_rows)) // batch_size) :]  # the first were the calibration's
+    starts = np.cumsum([0, *shard_rows])
+    assert [row for rows in seen for row in rows] == list(range(sum(shard_rows)))
+    assert max(map(len, seen)) <= batch_size
+    assert len(seen) == sum(-(-rows // batch_size) for rows in shard_rows)
+    assert all(np.searchsorted(starts, rows[0], "right") == np.searchsorted(starts, rows[-1], "right") for rows in seen)
 
 
-def test_loader_batch_that_is_a_group_is_not_copied() -> None:
-    batch = synthetic_batch(np.arange(4), 0)
-    (group,) = regroup([batch], [4])
-    assert group.crops.data_ptr() == batch.crops.data_ptr()
-
-
-def test_bytes_depend_on_neither_the_loader_batch_nor_a_shard_without_rows(tmp_path: Path) -> None:
-    roots = []
-    for loader_batch in (3, 18):
-        request = synthetic_request(tmp_path / str(loader_batch), shard_rows=(7, 0, 11))
-        run_build(request, SyntheticTeacher(), SyntheticReader(batch_size=loader_batch), progress=False)
-        roots.append(request.root)
-    first, second = ({p.relative_to(root): p.read_bytes() for p in root.rglob("*") if p.is_file()} for root in roots)
-    assert first == second
-    with TeacherCache.open(roots[0]) as cache:
+def test_a_shard_without_rows_is_built_and_read(tmp_path: Path) -> None:
+    request = synthetic_request(tmp_path / "cache", shard_rows=(7, 0, 11))
+    run_build(request, SyntheticTeacher(), SyntheticReader(), progress=False)
+    with TeacherCache.open(request.root) as cache:
         batch = synthetic_batch(np.array([6, 7, 17]), 0)
         error = (cache.fetch(batch).patches - SyntheticTeacher()(batch.crops).patches).abs()
         assert bool((error <= cache.bound(batch).patches).all())
@@ -72,9 +68,9 @@ def test_crops_are_let_go_of_once_the_teacher_has_seen_them(tmp_path: Path) -> N
     most = 0
 
     class Watched(SyntheticReader):
-        def __call__(self, rows: npt.NDArray[np.int64], view_set: int) -> Iterator[CropGroup]:
+        def __call__(self, batches: Batches, view_set: int) -> Iterator[TeacherCropBatch]:
             nonlocal most
-            for batch in super().__call__(rows, view_set):
+            for batch in super().__call__(batches, view_set):
                 memory = batch.crops.numpy().copy()
                 batch = dataclasses.replace(batch, crops=torch.from_numpy(memory))  # lives as long as its storage
                 pixels.append(weakref.ref(memory))
@@ -82,8 +78,8 @@ def test_crops_are_let_go_of_once_the_teacher_has_seen_them(tmp_path: Path) -> N
                 most = max(most, sum(reference() is not None for reference in pixels))
                 yield batch
 
-    request = synthetic_request(tmp_path / "cache", shard_rows=(120,))
-    run_build(request, SyntheticTeacher(), Watched(batch_size=4), progress=False)
+    request = synthetic_request(tmp_path / "cache", shard_rows=(120,), batch_size=4)
+    run_build(request, SyntheticTeacher(), Watched(), progress=False)
     assert len(pixels) > 30 and most <= 3
 
 
@@ -169,8 +165,8 @@ def test_full_disk_at_the_commit_record_commits_nothing(tmp_path: Path, build_sm
 
 def test_reader_that_stops_early_is_our_bug_and_commits_nothing(tmp_path: Path) -> None:
     class Skipping(SyntheticReader):
-        def __call__(self, rows: npt.NDArray[np.int64], view_set: int) -> Iterator[CropGroup]:
-            return super().__call__(rows[rows != 9], view_set)
+        def __call__(self, batches: Batches, view_set: int) -> Iterator[TeacherCropBatch]:
+            return super().__call__([rows[rows != 9] for rows in batches], view_set)
 
     with pytest.raises(AssertionError):
         run_build(synthetic_request(tmp_path / "cache"), SyntheticTeacher(), Skipping(), progress=False)

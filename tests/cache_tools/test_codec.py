@@ -7,18 +7,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cache_tools.calibration import LEAST_STD_SHARE, ChannelMoments
 from cache_tools.codec import (
+    LEAST_STD_SHARE,
     Calibration,
+    ChannelMoments,
     NotStorable,
     codec_bound,
     decode_int8,
     decode_int8_numpy,
     encode,
     encode_int8,
+    measure_codec,
     rounding_bound,
 )
-from cache_tools.quality import measure_codec
 from distill.targets import TeacherTargets
 
 # int8 with per-token scale on heavy tails: amax of 1024 Student-t5 draws is about 10 deviations, the rounding error

@@ -146,7 +146,7 @@ def test_cache_holds_every_row_of_the_index_in_its_order(world: SimpleNamespace)
     index = load_index(world.shards)
     with TeacherCache.open(world.cache) as cache:
         for k in (0, 1):
-            assert np.array_equal(cache.uids(k), index.uid)
+            assert np.array_equal(cache.table(k).uids, index.uid)
             assert np.array_equal(cache.table(k).image_crcs, index.crc32c)
 
 

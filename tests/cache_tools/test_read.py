@@ -2,10 +2,7 @@
 
 import dataclasses
 import gc
-import multiprocessing
-import pickle
 import resource
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,12 +13,19 @@ import zarr
 
 from cache_tools.build import run_build
 from cache_tools.codec import Calibration, decode_int8_numpy
-from cache_tools.errors import CacheFallbackWarning, CacheIncomplete, CacheMismatch, CacheStale
+from cache_tools.errors import CacheIncomplete, CacheMismatch, CacheStale
 from cache_tools.join import unpack_ids
 from cache_tools.read import TeacherCache
-from cache_tools.synthetic import SyntheticReader, SyntheticTeacher, synthetic_batch, synthetic_request, synthetic_uids
+from cache_tools.verify import repair_cache, verify_cache
 from common.errors import UserError
 from distill.targets import TeacherTargets
+from tests.cache_tools.synthetic import (
+    SyntheticReader,
+    SyntheticTeacher,
+    synthetic_batch,
+    synthetic_request,
+    synthetic_uids,
+)
 
 BuildSmall = Callable[..., Path]
 ROWS = np.array([17, 3, 4, 5, 0, 13, 3])
@@ -152,27 +156,18 @@ def test_targets_outlive_the_buffers_they_were_read_through(build_small: BuildSm
         assert torch.equal(first.patches, kept)
 
 
-def test_prefetch_takes_rows_in_any_order(build_small: BuildSmall) -> None:
-    with TeacherCache.open(build_small()) as cache:
-        cache.prefetch(0, [17, 3, 4, 4, 0])
-        assert torch.equal(cache.fetch(synthetic_batch(ROWS, 0)).cls, live().cls.half().float())
-
-
-def test_verify_once_checks_a_row_once_and_off_never(build_small: BuildSmall) -> None:
+def test_rows_are_checked_at_every_read_unless_that_is_off(build_small: BuildSmall) -> None:
     root = build_small()
-    with TeacherCache.open(root, verify="once", threads=1) as once, TeacherCache.open(root, verify="off") as off:
-        expected = once.fetch(synthetic_batch(ROWS, 0)).patches
+    with TeacherCache.open(root) as checked, TeacherCache.open(root, verify=False) as unchecked:
+        expected = checked.fetch(synthetic_batch(ROWS, 0)).patches
         path = root / "data.zarr/v0/patch/c.0.0.0.0.0"
         data = bytearray(path.read_bytes())
         data[3 * (2 * 4 * 16 + 4)] ^= 1  # row 3
         path.write_bytes(data)
-        changed = once.fetch(synthetic_batch(ROWS, 0)).patches
-        assert torch.equal(changed, off.fetch(synthetic_batch(ROWS, 0)).patches)
+        changed = unchecked.fetch(synthetic_batch(ROWS, 0)).patches
         assert int((changed != expected).any(-1).any(-1).any(-1).sum()) == 2  # ROWS holds row 3 twice
         with pytest.raises(UserError, match="row 3 has crc32c"):
-            once.fetch(synthetic_batch(np.array([3, 6]), 0))  # row 6 is new: both are checked
-    with pytest.raises(UserError, match="verify='never'"):
-        TeacherCache.open(root, verify="never")  # type: ignore[arg-type]
+            checked.fetch(synthetic_batch(ROWS, 0))
 
 
 def test_expected_fingerprint_is_compared_field_by_field(build_small: BuildSmall) -> None:
@@ -204,37 +199,6 @@ def test_mismatch_shows_eight_fields_and_counts_the_rest(tmp_path: Path, build_s
     assert lines[9] == "  and 23 more"
 
 
-def _fetch_in_child(cache: TeacherCache, queue: "multiprocessing.Queue[bytes]") -> None:
-    queue.put(cache.fetch(synthetic_batch(ROWS, 0)).patches.numpy().tobytes())
-
-
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_children_read_what_the_parent_reads_after_it_has_read(build_small: BuildSmall, method: str) -> None:
-    context = multiprocessing.get_context(method)
-    with TeacherCache.open(build_small()) as cache:
-        expected = cache.fetch(synthetic_batch(ROWS, 0)).patches.numpy().tobytes()
-        ticket = cache.submit(synthetic_batch(ROWS, 0))  # a read under way while the child is made
-        queue = context.Queue()
-        children = [context.Process(target=_fetch_in_child, args=(cache, queue)) for _ in range(2)]
-        for child in children:
-            child.start()
-        assert [queue.get(timeout=60) for _ in children] == [expected] * 2
-        for child in children:
-            child.join(60)
-            assert child.exitcode == 0
-        assert ticket.result().patches.numpy().tobytes() == expected
-
-
-def test_pickled_cache_opens_again_with_its_checks(build_small: BuildSmall) -> None:
-    root = build_small()
-    expect = synthetic_request(root).fingerprint
-    with TeacherCache.open(root, expect=expect, verify="off", threads=1) as cache:
-        again = pickle.loads(pickle.dumps(cache))
-        assert (again.verify, again.threads, again.expect) == ("off", 1, expect)
-        assert torch.equal(again.fetch(synthetic_batch(ROWS, 0)).patches, cache.fetch(synthetic_batch(ROWS, 0)).patches)
-        again.close()
-
-
 def resident_bytes() -> int:
     """Memory in use now. The peak of a process would hide growth below what earlier tests took."""
     gc.collect()
@@ -255,28 +219,15 @@ def test_memory_and_descriptors_do_not_grow(build_small: BuildSmall) -> None:
         assert resident_bytes() - before < 4 << 20
 
 
-def test_other_zarr_layout_is_read_through_zarr_python_with_one_warning(
-    build_small: BuildSmall, tmp_path: Path
-) -> None:
+def test_a_rechunked_cache_is_refused_and_told_what_reads_it(build_small: BuildSmall) -> None:
     root = build_small()
-    with TeacherCache.open(root) as cache:
-        expected = cache.fetch(synthetic_batch(ROWS, 0))
-    view = root / "data.zarr/v0"
-    values = np.asarray(zarr.open_array(view / "patch", mode="r")[:])
-    zarr.create_array(view / "patch", data=values, chunks=(1, 3, 2, 4, 16), overwrite=True)  # zstd, other chunks
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        with TeacherCache.open(root) as cache:
-            again = cache.fetch(synthetic_batch(ROWS, 0))
-            cache.fetch(synthetic_batch(ROWS, 0))
-    assert [w.category for w in caught] == [CacheFallbackWarning]
-    assert "patch.codecs" in str(caught[0].message)
-    assert torch.equal(again.patches, expected.patches) and torch.equal(again.cls, expected.cls)
-    (view / "patch/c/0/1/0/0/0").unlink()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", CacheFallbackWarning)
-        with TeacherCache.open(root) as cache, pytest.raises(UserError, match=r"row [345] of shard 0 is missing"):
-            cache.fetch(synthetic_batch(ROWS, 0))
+    values = np.asarray(zarr.open_array(root / "data.zarr/v0/patch", mode="r")[:])
+    zarr.create_array(root / "data.zarr/v0/patch", data=values, chunks=(1, 3, 2, 4, 16), overwrite=True)
+    before = {p: p.read_bytes() for p in root.rglob("*") if p.is_file()}
+    for refuse in (TeacherCache.open, verify_cache, repair_cache):
+        with pytest.raises(CacheMismatch, match=r"patch/zarr\.json: .*codecs.* was rechunked .* zarr-python reads it"):
+            refuse(root)
+    assert {p: p.read_bytes() for p in root.rglob("*") if p.is_file()} == before
 
 
 def test_view_set_added_later_leaves_the_others_untouched(build_small: BuildSmall) -> None:

@@ -13,8 +13,9 @@ from PIL import Image
 
 from common.errors import UserError
 from pipeline.augmentation import Augmentation
-from pipeline.loader import open_loader, read_center_crops, read_teacher_crops
+from pipeline.loader import open_loader
 from pipeline.order import epoch_order
+from pipeline.readers import read_center_crops, read_teacher_crops
 from pipeline.source import ShardSource
 from shards.format import INDEX_NAME, MANIFEST_NAME, load_manifest
 from shards.index import load_index, write_index
@@ -255,4 +256,4 @@ def test_readers_never_skip(plant, backend):
     with pytest.raises(UserError, match=r"row 7 \(key "):
         next(crops)
     with pytest.raises(UserError, match=r"row 7 \(key "):
-        list(read_teacher_crops(folder, [7], view_set=0, seed=0, augmentation=SMALL, backend=backend))
+        list(read_teacher_crops(folder, [np.array([7])], view_set=0, seed=0, augmentation=SMALL, backend=backend))

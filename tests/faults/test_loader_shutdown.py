@@ -16,7 +16,8 @@ import pytest
 from PIL import Image
 
 from pipeline.augmentation import Augmentation
-from pipeline.loader import open_loader, read_center_crops
+from pipeline.loader import open_loader
+from pipeline.readers import read_center_crops
 from shards.pack import pack
 
 # Longer than the import of torch and DALI on a loaded machine; a hang lasts for ever.

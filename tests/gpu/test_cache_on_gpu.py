@@ -9,7 +9,7 @@ import torch
 from cache_tools.build import run_build
 from cache_tools.codec import codec_bound, decode_int8, encode_int8, rounding_bound
 from cache_tools.read import TeacherCache
-from cache_tools.synthetic import SyntheticReader, SyntheticTeacher, synthetic_batch, synthetic_request
+from tests.cache_tools.synthetic import SyntheticReader, SyntheticTeacher, synthetic_batch, synthetic_request
 
 pytestmark = [
     pytest.mark.gpu,

@@ -6,7 +6,8 @@ import torch
 
 from benchmarks.natural_images import write_images
 from pipeline.augmentation import preset
-from pipeline.loader import open_loader, read_center_crops, read_teacher_crops
+from pipeline.loader import open_loader
+from pipeline.readers import in_batches, read_center_crops, read_teacher_crops
 from shards.pack import pack
 
 pytestmark = [
@@ -76,8 +77,8 @@ def test_a_teachers_crop_does_not_depend_on_its_batch(shards, backend, load):
     (batch,) = _take(shards, 1, backend, hw_decoder_load=load)
     read = list(
         read_teacher_crops(
-            shards, batch.rows[::-1], view_set=0, seed=1, augmentation=preset("dino"), backend=backend,
-            device="cuda", batch_size=5, num_threads=2, hw_decoder_load=load,
+            shards, in_batches(batch.rows[::-1], 5), view_set=0, seed=1, augmentation=preset("dino"), backend=backend,
+            device="cuda", num_threads=2, hw_decoder_load=load,
         )
     )  # fmt: skip
     crops = torch.cat([r.crops.unflatten(0, (2, -1)) for r in read], 1).flip(1).flatten(0, 1)

@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 
 from common.errors import UserError
 from pipeline.augmentation import Augmentation
-from pipeline.loader import open_loader, read_center_crops, read_teacher_crops
+from pipeline.loader import open_loader
 from pipeline.masks import block_masks
 from pipeline.order import epoch_order
 from pipeline.plan import crop_plan, global_crops_spec
+from pipeline.readers import in_batches, read_center_crops, read_teacher_crops
 from shards.index import load_index
 
 ROWS = 48
@@ -107,7 +108,7 @@ def test_read_teacher_crops_equals_the_loaders_teacher_crops(shards, backend, ph
         rows = np.concatenate([batch.rows, [0, 5]])
         read = list(
             read_teacher_crops(
-                shards, rows, view_set=batch.view_set, seed=1, augmentation=a, backend=backend, batch_size=3,
+                shards, in_batches(rows, 3), view_set=batch.view_set, seed=1, augmentation=a, backend=backend,
                 num_threads=2,
             )
         )  # fmt: skip

@@ -1,9 +1,9 @@
-"""Crops and a teacher made of arithmetic alone: for benchmarks and for tests without images or weights."""
+"""Crops and a teacher made of arithmetic alone: for tests without images or weights."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,8 @@ from torch import Tensor
 
 from cache_tools.build import BuildRequest
 from cache_tools.format import CacheSpec, CodecName
-from cache_tools.write import CropGroup
 from distill.targets import TeacherTargets
+from pipeline.readers import TeacherCropBatch
 
 CROP_SIZE = 8
 PATCH_SIZE = 4
@@ -30,7 +30,7 @@ def synthetic_uids(rows: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
     return np.array([int.from_bytes(digest, "little") for digest in digests], np.uint64)
 
 
-def synthetic_batch(rows: npt.NDArray[np.int64], view_set: int, *, seed: int = 0) -> CropGroup:
+def synthetic_batch(rows: npt.NDArray[np.int64], view_set: int, *, seed: int = 0) -> TeacherCropBatch:
     """Return two crops of noise an image, a pure function of (row, view set, seed)."""
     crops, specs = [], []
     for row in rows.tolist():
@@ -38,7 +38,7 @@ def synthetic_batch(rows: npt.NDArray[np.int64], view_set: int, *, seed: int = 0
         crops.append(generator.integers(0, 256, (2, CROP_SIZE, CROP_SIZE, 3), np.uint8))
         specs.append(generator.integers(0, 1 << 20, (2, 6), np.int32))
     uids = synthetic_uids(rows)
-    return CropGroup(
+    return TeacherCropBatch(
         rows=rows,
         uids=uids,
         image_crcs=(uids >> np.uint64(32)).astype(np.uint32),
@@ -49,15 +49,14 @@ def synthetic_batch(rows: npt.NDArray[np.int64], view_set: int, *, seed: int = 0
 
 
 class SyntheticReader:
-    """Reads crops of noise in batches; called as a loader's `read_teacher_crops` is."""
+    """Reads crops of noise; called as a loader's `read_teacher_crops` is."""
 
-    def __init__(self, *, batch_size: int = 5, seed: int = 0):
-        self.batch_size = batch_size
+    def __init__(self, *, seed: int = 0):
         self.seed = seed
 
-    def __call__(self, rows: npt.NDArray[np.int64], view_set: int) -> Iterator[CropGroup]:
-        for start in range(0, len(rows), self.batch_size):
-            yield synthetic_batch(rows[start : start + self.batch_size], view_set, seed=self.seed)
+    def __call__(self, batches: Sequence[npt.NDArray[np.int64]], view_set: int) -> Iterator[TeacherCropBatch]:
+        for rows in batches:
+            yield synthetic_batch(rows, view_set, seed=self.seed)
 
 
 class SyntheticTeacher:

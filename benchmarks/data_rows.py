@@ -28,7 +28,7 @@ from pipeline.feeder import Feeder
 from pipeline.masks import block_masks
 from pipeline.order import epoch_order
 from pipeline.plan import crop_plan
-from pipeline.source import ShardSource
+from shards.folder import ShardFolder
 
 BATCH = 32
 
@@ -64,23 +64,23 @@ class Row:
 
 def cpu_rows(shards: Path, images: int, stack: ExitStack, *, quick: bool) -> list[Row]:
     """All rows that need no GPU; what they hold open is closed with the stack."""
-    source = stack.enter_context(ShardSource(shards))
+    folder = stack.enter_context(ShardFolder(shards))
     a = preset("dino")
     # Crops of one view with no photometrics.
     one = replace(a, num_global_crops=1, num_local_crops=0, blur_prob_global=(0.0,), solarize_prob_global=(0.0,))
     one = replace(one, jitter_prob=0.0, gray_prob=0.0)
-    rows = np.arange(min(images, len(source)))
-    jpegs = [j.tobytes() for j in source.jpegs(rows)]
+    rows = np.arange(min(images, len(folder)))
+    jpegs = [j.tobytes() for j in folder.jpegs(rows)]
     pillow = PillowRecipe(a)
     return [
-        *_read_rows(source, stack.enter_context(ShardSource(shards, access="pread")), rows),
-        *_decode_rows(source, rows, jpegs),
-        *_crop_rows("one crop", one, source, rows, stack),
+        *_read_rows(folder, rows),
+        *_decode_rows(folder, rows, jpegs),
+        *_crop_rows("one crop", one, folder, rows, stack),
         _peer("one crop: Pillow", pillow.first_crop, jpegs, f"uint8; {_PEER_NOTE}"),
-        *_crop_rows("full 2x224 + 8x96", a, source, rows, stack),
+        *_crop_rows("full 2x224 + 8x96", a, folder, rows, stack),
         _peer("full 2x224 + 8x96: Pillow", pillow, jpegs, f"uint8; {_PEER_NOTE}"),
         *_torchvision_rows(a, jpegs),
-        *_overhead_rows(source, rows, a, quick=quick),
+        *_overhead_rows(folder, rows, a, quick=quick),
     ]
 
 
@@ -120,20 +120,15 @@ def _peer(name: str, recipe: Callable[[bytes], object], jpegs: list[bytes], note
     return Row(name, len(jpegs), run, note)
 
 
-def _read_rows(source: ShardSource, copying: ShardSource, rows: _Rows) -> Iterator[Row]:
+def _read_rows(folder: ShardFolder, rows: _Rows) -> Iterator[Row]:
     order = np.random.default_rng(0).permutation(rows)
-    urls = [str(source.folder / shard.name) for shard in source.manifest.shards]
-
-    def views() -> None:
-        for _ in range(_READ_PASSES):
-            source.jpegs(order)
+    urls = [str(folder.path / shard.name) for shard in folder.manifest.shards]
 
     def copies() -> None:
         for _ in range(_READ_PASSES):
-            copying.jpegs(order)
+            folder.jpegs(order)
 
     checked = "from the page cache; checksums were checked in the warm-up"
-    yield Row("read: mapped views, random order", _READ_PASSES * len(rows), views, f"no byte touched; {checked}")
     yield Row("read: copies by pread, random order", _READ_PASSES * len(rows), copies, checked)
     if not _is_there("webdataset"):
         return
@@ -141,13 +136,13 @@ def _read_rows(source: ShardSource, copying: ShardSource, rows: _Rows) -> Iterat
 
     def iterate() -> None:
         read = sum(len(sample["jpg"]) for sample in webdataset.WebDataset(urls, shardshuffle=False))
-        assert read == int(source.index.size.sum())
+        assert read == int(folder.index.size.sum())
 
-    yield Row("read: webdataset iterator", len(source), iterate, "from the page cache; sequential, bytes not decoded")
+    yield Row("read: webdataset iterator", len(folder), iterate, "from the page cache; sequential, bytes not decoded")
 
 
-def _decode_rows(source: ShardSource, rows: _Rows, jpegs: list[bytes]) -> Iterator[Row]:
-    views, sizes = source.jpegs(rows), source.sizes(rows)
+def _decode_rows(folder: ShardFolder, rows: _Rows, jpegs: list[bytes]) -> Iterator[Row]:
+    views, sizes = folder.jpegs(rows), folder.sizes(rows)
 
     def strict() -> None:
         for view, size in zip(views, sizes, strict=True):
@@ -169,7 +164,7 @@ def _by_pillow(jpeg: bytes) -> npt.NDArray[np.uint8]:
     return np.asarray(Image.open(io.BytesIO(jpeg)).convert("RGB"))
 
 
-def _crop_rows(name: str, a: Augmentation, source: ShardSource, rows: _Rows, stack: ExitStack) -> Iterator[Row]:
+def _crop_rows(name: str, a: Augmentation, folder: ShardFolder, rows: _Rows, stack: ExitStack) -> Iterator[Row]:
     """Decode and crop with each backend, one thread, plan included."""
     names = ["cpu", "torch"] if dali.missing_reason() else ["dali", "cpu", "torch"]
     for backend_name in names:
@@ -178,21 +173,21 @@ def _crop_rows(name: str, a: Augmentation, source: ShardSource, rows: _Rows, sta
 
         def run(backend: Any = backend) -> None:
             for start in range(0, len(rows), BATCH):
-                backend.submit(_request(source, rows[start : start + BATCH], a))
+                backend.submit(_request(folder, rows[start : start + BATCH], a))
                 backend.collect()
 
         yield Row(f"{name}: {backend_name}", len(rows), run, f"uint8; batches of {BATCH}, 1 thread")
 
 
-def _request(source: ShardSource, rows: _Rows, a: Augmentation) -> CropRequest:
-    sizes = source.sizes(rows)
-    plan = crop_plan(source.index.uid[rows], sizes, view_set=0, epoch=0, seed=0, augmentation=a)
-    return CropRequest(source.jpegs(rows), sizes, plan)
+def _request(folder: ShardFolder, rows: _Rows, a: Augmentation) -> CropRequest:
+    sizes = folder.sizes(rows)
+    plan = crop_plan(folder.index.uid[rows], sizes, view_set=0, epoch=0, seed=0, augmentation=a)
+    return CropRequest(folder.jpegs(rows), sizes, plan)
 
 
-def _overhead_rows(source: ShardSource, rows: _Rows, a: Augmentation, *, quick: bool) -> Iterator[Row]:
+def _overhead_rows(folder: ShardFolder, rows: _Rows, a: Augmentation, *, quick: bool) -> Iterator[Row]:
     chosen = np.resize(rows, 64)
-    uids, sizes, repeat = source.index.uid[chosen], source.sizes(chosen), 5 if quick else 50
+    uids, sizes, repeat = folder.index.uid[chosen], folder.sizes(chosen), 5 if quick else 50
     count = repeat * len(chosen)
 
     def plans() -> None:
@@ -207,28 +202,28 @@ def _overhead_rows(source: ShardSource, rows: _Rows, a: Augmentation, *, quick: 
     yield Row("feeding: crop plan, 10 views", count, plans, note, cost=True)
     yield Row("feeding: block masks", count, masks, note, cost=True)
     if dali.missing_reason() is None:
-        feed = _feed(source, chosen, a, repeat)
-        yield Row("feeding: read, plan, DALI's external source", count, feed, note, cost=True)
+        feed = _feed(folder, chosen, a, repeat)
+        yield Row("feeding: read, plan, DALI's external folder", count, feed, note, cost=True)
     rows_of_epoch = _IMAGENET_ROWS // 10 if quick else _IMAGENET_ROWS
     note = f"{rows_of_epoch} rows"
     yield Row("epoch order", rows_of_epoch, lambda: epoch_order(rows_of_epoch, seed=0, epoch=1), note, cost=True)
 
 
-def _feed(source: ShardSource, rows: _Rows, a: Augmentation, repeat: int) -> Callable[[], None]:
+def _feed(folder: ShardFolder, rows: _Rows, a: Augmentation, repeat: int) -> Callable[[], None]:
     """Everything that the feeder thread does for DALI, to a graph that only looks at the headers."""
     from nvidia.dali import fn, pipeline_def, types
 
     @pipeline_def(batch_size=len(rows), num_threads=1, device_id=None, prefetch_queue_depth=1)  # type: ignore
     def headers() -> Any:
-        jpegs = fn.external_source(name="jpegs", dtype=types.UINT8, ndim=1, no_copy=True)  # type: ignore
-        parameters = fn.external_source(name="parameters", dtype=types.FLOAT, ndim=2)  # type: ignore
+        jpegs = fn.external_folder(name="jpegs", dtype=types.UINT8, ndim=1, no_copy=True)  # type: ignore
+        parameters = fn.external_folder(name="parameters", dtype=types.FLOAT, ndim=2)  # type: ignore
         return fn.peek_image_shape(jpegs), parameters
 
     pipe: Any = headers()
 
     def run() -> None:
         for _ in range(repeat):
-            request = _request(source, rows, a)
+            request = _request(folder, rows, a)
             pipe.run(jpegs=list(request.jpegs), parameters=dali.pack(request.plan))
 
     return run
@@ -242,14 +237,14 @@ def busy_rows(shards: Path, rounds: int) -> list[Measurement]:
     figures: dict[str, list[float]] = {"idle": [], "busy in Python": []}
     a = preset("dino")
     for _, state in itertools.product(range(rounds), figures):
-        with ShardSource(shards) as source:
-            chosen = np.resize(np.arange(len(source)), 64)
+        with ShardFolder(shards) as folder:
+            chosen = np.resize(np.arange(len(folder)), 64)
 
-            def prepared(source: ShardSource = source, chosen: _Rows = chosen) -> Iterator[int]:
+            def prepared(folder: ShardFolder = folder, chosen: _Rows = chosen) -> Iterator[int]:
                 for epoch in itertools.count():
-                    request = _request(source, chosen, a)
+                    request = _request(folder, chosen, a)
                     dali.pack(request.plan)
-                    block_masks(source.index.uid[chosen], epoch=epoch, seed=0, augmentation=a)
+                    block_masks(folder.index.uid[chosen], epoch=epoch, seed=0, augmentation=a)
                     yield len(chosen)
 
             feeder = Feeder(prepared, depth=2, stall_seconds=60.0)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from common.errors import UserError
-from pipeline.source import ShardSource
+from shards.folder import ShardFolder
 
 POLICIES = ("raise", "skip")
 
@@ -45,13 +45,13 @@ class FailurePolicy:
                 "the probation a number of samples. Change skip_budget or skip_probation."
             )
 
-    def report(self, source: ShardSource, reasons: Mapping[int, str]) -> None:
+    def report(self, folder: ShardFolder, reasons: Mapping[int, str]) -> None:
         """Take note of bad rows.
 
         Raises:
             UserError: the policy is `raise`; the message names every row by shard, row and key.
         """
-        named = [f"{source.describe(row)}: {reason}" for row, reason in reasons.items()]
+        named = [f"{folder.describe(row)}: {reason}" for row, reason in reasons.items()]
         if self.mode == "raise":
             more = f"\n  and {len(named) - _MAX_NAMED} more" if len(named) > _MAX_NAMED else ""
             raise UserError(
@@ -63,7 +63,7 @@ class FailurePolicy:
         for row, reason in reasons.items():
             if row not in self.reasons:
                 self.reasons[row] = reason
-                _log.warning("%s: %s; another row takes its place", source.describe(row), reason)
+                _log.warning("%s: %s; another row takes its place", folder.describe(row), reason)
 
     def count(self, num_samples: int, num_replaced: int) -> None:
         """Count a batch that is handed out.

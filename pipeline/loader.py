@@ -27,7 +27,7 @@ from pipeline.masks import block_masks
 from pipeline.order import DEFAULT_BLOCK, DEFAULT_WINDOW, epoch_order, rank_positions
 from pipeline.plan import PLAN_VERSION, crop_plan, global_crops_spec
 from pipeline.readahead import Readahead
-from pipeline.source import ShardSource
+from shards.folder import ShardFolder
 
 STALL_SECONDS = 600.0
 
@@ -58,14 +58,14 @@ class _Settings:
     def view_set(self, epoch: int) -> int:
         return epoch if self.view_sets is None else epoch % self.view_sets
 
-    def identity(self, source: ShardSource) -> dict[str, int | str | None]:
+    def identity(self, folder: ShardFolder) -> dict[str, int | str | None]:
         """What a resumed run must share with the one before."""
         return {
             "seed": self.seed,
             "global_batch_size": self.global_batch_size,
             "num_rows": len(self.rows),
             "rows": hashlib.sha256(np.ascontiguousarray(self.rows, "<i8").tobytes()).hexdigest(),
-            "shards": source.manifest.fingerprint(),
+            "shards": folder.manifest.fingerprint(),
             "augmentation": self.augmentation.fingerprint(),
             "plan_version": PLAN_VERSION,
             "view_sets": self.view_sets,
@@ -87,7 +87,7 @@ class MultiCropLoader:
 
     def __init__(
         self,
-        source: ShardSource,
+        folder: ShardFolder,
         settings: _Settings,
         options: BackendOptions,
         failures: FailurePolicy,
@@ -101,12 +101,12 @@ class MultiCropLoader:
         self.steps_per_epoch = settings.steps_per_epoch
         self.failures = failures
         self.data_wait = 0.0
-        self._identity = settings.identity(source)
+        self._identity = settings.identity(folder)
         self._epoch, self._step = (0, 0) if state is None else _position(state, self._identity)
         if self._step >= self.steps_per_epoch:
             self._epoch, self._step = self._epoch + 1, 0
         # The feeder gets no reference to this object, so that dropping it ends the feeder.
-        make = functools.partial(_batches, source, settings, options, failures, self.backend, self._epoch, self._step)
+        make = functools.partial(_batches, folder, settings, options, failures, self.backend, self._epoch, self._step)
         self._feeder: Feeder[Ready[MultiCropBatch]] = Feeder(
             make, depth=_PREFETCH, stall_seconds=stall_seconds, name="multi-crop-feeder"
         )
@@ -168,7 +168,6 @@ def open_loader(
     skip_probation: int = 10_000,
     order_block: int = DEFAULT_BLOCK,
     order_window: int | None = DEFAULT_WINDOW,
-    access: str = "auto",
     stall_seconds: float = STALL_SECONDS,
 ) -> MultiCropLoader:
     """Open the stream of training batches of one rank.
@@ -197,13 +196,12 @@ def open_loader(
         skip_probation: samples for which that budget is granted in advance.
         order_block: rows of a block, see `epoch_order`.
         order_window: blocks of a window; None shuffles all rows together.
-        access: how shards are read, see `ShardSource`.
         stall_seconds: a batch that takes longer is an error.
 
     Raises:
         UserError: a setting is out of its range, the shards were changed, or the state is of another run.
     """
-    source = ShardSource(shards, access=access)
+    folder = ShardFolder(shards)
     settings = _Settings(
         seed=seed,
         augmentation=augmentation,
@@ -214,9 +212,9 @@ def open_loader(
         block=order_block,
         window=order_window,
         teacher_crops=teacher_crops,
-        rows=_checked_rows(source, rows),
+        rows=_checked_rows(folder, rows),
     )
-    _check(settings, source)
+    _check(settings, folder)
     options = BackendOptions(
         device=resolve_device(device),
         num_threads=default_num_threads() if num_threads is None else num_threads,
@@ -225,30 +223,30 @@ def open_loader(
     )
     failures = FailurePolicy(policy, skip_budget, skip_probation)
     return MultiCropLoader(
-        source, settings, options, failures, backend=backend, state=state, stall_seconds=stall_seconds
+        folder, settings, options, failures, backend=backend, state=state, stall_seconds=stall_seconds
     )
 
 
-def _checked_rows(source: ShardSource, rows: npt.ArrayLike | None) -> npt.NDArray[np.int64]:
+def _checked_rows(folder: ShardFolder, rows: npt.ArrayLike | None) -> npt.NDArray[np.int64]:
     if rows is None:
-        return np.arange(len(source))
+        return np.arange(len(folder))
     chosen = np.sort(np.asarray(rows, np.int64).reshape(-1))
-    if len(chosen) and (chosen[0] < 0 or chosen[-1] >= len(source)):
+    if len(chosen) and (chosen[0] < 0 or chosen[-1] >= len(folder)):
         raise UserError(
-            f"{source.folder}: rows from {chosen[0]} to {chosen[-1]} asked for, there are {len(source)}. "
+            f"{folder.path}: rows from {chosen[0]} to {chosen[-1]} asked for, there are {len(folder)}. "
             "Choose rows of these shards."
         )
     if len(np.unique(chosen)) != len(chosen):
-        raise UserError(f"{source.folder}: {len(chosen)} rows with repetitions. Name each row once.")
+        raise UserError(f"{folder.path}: {len(chosen)} rows with repetitions. Name each row once.")
     return chosen
 
 
-def _check(settings: _Settings, source: ShardSource) -> None:
+def _check(settings: _Settings, folder: ShardFolder) -> None:
     s = settings
     rank_positions(0, rank=s.rank, world_size=s.world_size, global_batch_size=s.global_batch_size)
     if s.steps_per_epoch == 0:
         raise UserError(
-            f"{source.folder}: {len(s.rows)} rows, fewer than the global batch of {s.global_batch_size}. An epoch "
+            f"{folder.path}: {len(s.rows)} rows, fewer than the global batch of {s.global_batch_size}. An epoch "
             "would have no step. Choose a smaller batch or pack more images."
         )
     if s.view_sets is not None and s.view_sets < 1:
@@ -274,7 +272,7 @@ def _position(state: Mapping[str, Any], identity: Mapping[str, Any]) -> tuple[in
 
 
 def _batches(
-    source: ShardSource,
+    folder: ShardFolder,
     settings: _Settings,
     options: BackendOptions,
     failures: FailurePolicy,
@@ -283,17 +281,17 @@ def _batches(
     step: int,
 ) -> Iterator[Ready[MultiCropBatch]]:
     """Run the whole stream; everything in here happens in the feeder thread."""
-    stream = _Stream(source, settings, failures, options.device)
+    stream = _Stream(folder, settings, failures, options.device)
     work = training_work(settings.augmentation, teacher_crops=settings.teacher_crops)
-    with source:
+    with folder:
         yield from run(backend, work, options, stream.jobs(epoch, step), stream.repair, stream.assemble)
 
 
 class _Stream:
     """Makes jobs of rows and batches of crops, for one rank."""
 
-    def __init__(self, source: ShardSource, settings: _Settings, failures: FailurePolicy, device: torch.device) -> None:
-        self._source = source
+    def __init__(self, folder: ShardFolder, settings: _Settings, failures: FailurePolicy, device: torch.device) -> None:
+        self._folder = folder
         self._settings = settings
         self._failures = failures
         self._device = device
@@ -307,18 +305,18 @@ class _Stream:
             order = self._order(epoch)
             used = order[: s.steps_per_epoch * s.global_batch_size]
             mine = used.reshape(s.steps_per_epoch, s.world_size, share)[:, s.rank].reshape(-1)
-            ahead = Readahead(self._source, mine, window // s.world_size)
+            ahead = Readahead(self._folder, mine, window // s.world_size)
             for step in range(first_step if epoch == first_epoch else 0, s.steps_per_epoch):
                 ahead.step(step * share, share)
                 yield self._job(epoch, step)
 
     def repair(self, job: Job, error: BadSampleError) -> Job:
         reasons = {int(job.rows[i]): reason for i, reason in error.reasons.items()}
-        self._failures.report(self._source, reasons)
+        self._failures.report(self._folder, reasons)
         return self._job(job.epoch, job.step)
 
     def assemble(self, job: Job, crops: Crops) -> MultiCropBatch:
-        s, index, rows = self._settings, self._source.index, job.rows
+        s, index, rows = self._settings, self._folder.index, job.rows
         self._failures.count(len(rows), job.num_replaced)
         uids = index.uid[rows]
         masks, indices = block_masks(uids, epoch=job.epoch, seed=s.seed, augmentation=s.augmentation)
@@ -350,16 +348,16 @@ class _Stream:
             rows = rows.copy()
             for i in bad:
                 rows[i] = self._substitute(order, positions[i])
-        sizes = self._source.sizes(rows)
+        sizes = self._folder.sizes(rows)
         plan = crop_plan(
-            self._source.index.uid[rows],
+            self._folder.index.uid[rows],
             sizes,
             view_set=s.view_set(epoch),
             epoch=epoch,
             seed=s.seed,
             augmentation=s.augmentation,
         )
-        request = CropRequest(self._source.jpegs(rows), sizes, plan)
+        request = CropRequest(self._folder.jpegs(rows), sizes, plan)
         return Job(rows, request, epoch, step, len(bad))
 
     def _substitute(self, order: npt.NDArray[np.int64], position: int) -> int:
@@ -370,7 +368,7 @@ class _Stream:
             if row not in self._failures.reasons:
                 return row
         raise UserError(
-            f"{self._source.folder}: all {n} rows are bad. There is nothing to train on. "
+            f"{self._folder.path}: all {n} rows are bad. There is nothing to train on. "
             "Run `make verify-shards` and pack the shards again."
         )
 

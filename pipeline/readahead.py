@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.source import ShardSource
+from shards.folder import ShardFolder
 
 # Pieces of a step: catching up after a start must not hold up the first batches.
 _CATCH_UP = 4
@@ -14,15 +14,15 @@ _CATCH_UP = 4
 class Readahead:
     """Stays up to one window of a rank's rows ahead of what it reads."""
 
-    def __init__(self, source: ShardSource, rows: npt.NDArray[np.int64], window: int) -> None:
+    def __init__(self, folder: ShardFolder, rows: npt.NDArray[np.int64], window: int) -> None:
         """Plan the advice of one epoch.
 
         Args:
-            source: where advice goes.
+            folder: where advice goes.
             rows: what this rank will read, in that order.
             window: rows to stay ahead; within a window they are asked for in the order of the disk.
         """
-        self._source = source
+        self._folder = folder
         self._window = max(1, window)
         pieces = [np.sort(rows[i : i + self._window]) for i in range(0, len(rows), self._window)]
         self._rows = np.concatenate(pieces) if pieces else rows
@@ -38,5 +38,5 @@ class Readahead:
         start = max(self._position, consumed)
         end = min(consumed + self._window, start + _CATCH_UP * batch, len(self._rows))
         if end > start:
-            self._source.advise(self._rows[start:end])
+            self._folder.advise(self._rows[start:end])
             self._position = end

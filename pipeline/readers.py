@@ -24,7 +24,7 @@ from pipeline.jobs import Job, Ready, receive, run, to_device
 from pipeline.order import DEFAULT_BLOCK, DEFAULT_WINDOW
 from pipeline.plan import CropPlan, center_crop_plan, crop_plan, global_crops_spec
 from pipeline.readahead import Readahead
-from pipeline.source import ShardSource
+from shards.folder import ShardFolder
 
 B = TypeVar("B")
 
@@ -90,7 +90,6 @@ def read_teacher_crops(
     device: str | torch.device = "cpu",
     num_threads: int | None = None,
     hw_decoder_load: float = 0.0,
-    access: str = "auto",
 ) -> Iterator[TeacherCropBatch]:
     """Read given batches of rows in their order; one batch of crops for each.
 
@@ -107,15 +106,14 @@ def read_teacher_crops(
         device: where the crops are wanted.
         num_threads: threads that decode and crop; by default the usable cores, at most 8.
         hw_decoder_load: DALI on a GPU: 0.0 or 1.0, see `BackendOptions`.
-        access: how shards are read, see `ShardSource`.
 
     Raises:
         UserError: at the call for settings and shards, while iterating for a sample that cannot be decoded.
     """
-    source = ShardSource(shards, access=access)
+    folder = ShardFolder(shards)
 
     def plan(chosen: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64]) -> CropPlan:
-        uids = source.index.uid[chosen]
+        uids = folder.index.uid[chosen]
         return crop_plan(uids, sizes, view_set=view_set, epoch=0, seed=seed, augmentation=global_only)
 
     def assemble(job: Job, crops: Crops) -> TeacherCropBatch:
@@ -124,8 +122,8 @@ def read_teacher_crops(
         request = job.request
         return TeacherCropBatch(
             rows=job.rows,
-            uids=source.index.uid[job.rows],
-            image_crcs=source.index.crc32c[job.rows],
+            uids=folder.index.uid[job.rows],
+            image_crcs=folder.index.crc32c[job.rows],
             view_set=view_set,
             crops=made,
             global_crops_spec=global_crops_spec(request.plan, request.sizes, augmentation.num_global_crops),
@@ -133,7 +131,7 @@ def read_teacher_crops(
 
     global_only = augmentation.global_only()
     options = _options(device, num_threads, batches, hw_decoder_load)
-    return _read(source, batches, teacher_work(augmentation), options, backend, plan, assemble)
+    return _read(folder, batches, teacher_work(augmentation), options, backend, plan, assemble)
 
 
 def read_center_crops(
@@ -147,7 +145,6 @@ def read_center_crops(
     batch_size: int = 64,
     num_threads: int | None = None,
     hw_decoder_load: float = 0.0,
-    access: str = "auto",
 ) -> Iterator[CenterCropBatch]:
     """Read the centre crops of rows in their order, the last batch partial.
 
@@ -161,12 +158,11 @@ def read_center_crops(
         batch_size: images of a batch.
         num_threads: threads that decode and crop.
         hw_decoder_load: DALI on a GPU: 0.0 or 1.0, see `BackendOptions`.
-        access: how shards are read, see `ShardSource`.
 
     Raises:
         UserError: at the call for settings and shards, while iterating for a sample that cannot be decoded.
     """
-    source = ShardSource(shards, access=access)
+    folder = ShardFolder(shards)
     batches = in_batches(rows, batch_size)
     options = _options(device, num_threads, batches, hw_decoder_load)
     center_crop_plan(np.ones((1, 2)), crop_ratio=crop_ratio)
@@ -176,10 +172,10 @@ def read_center_crops(
 
     def assemble(job: Job, crops: Crops) -> CenterCropBatch:
         assert crops.clean_crops is not None
-        labels = to_device(source.index.label[job.rows].astype(np.int64), options.device)
+        labels = to_device(folder.index.label[job.rows].astype(np.int64), options.device)
         return CenterCropBatch(rows=job.rows, crops=crops.clean_crops, labels=labels)
 
-    return _read(source, batches, center_work(size), options, backend, plan, assemble)
+    return _read(folder, batches, center_work(size), options, backend, plan, assemble)
 
 
 def _options(
@@ -194,7 +190,7 @@ def _options(
 
 
 def _read(
-    source: ShardSource,
+    folder: ShardFolder,
     batches: Sequence[npt.NDArray[np.int64]],
     work: CropWork,
     options: BackendOptions,
@@ -203,13 +199,13 @@ def _read(
     assemble: Callable[[Job, Crops], B],
 ) -> Iterator[B]:
     chosen = np.concatenate([np.empty(0, np.int64), *batches])
-    if len(chosen) and (chosen.min() < 0 or chosen.max() >= len(source)):
+    if len(chosen) and (chosen.min() < 0 or chosen.max() >= len(folder)):
         raise UserError(
-            f"{source.folder}: rows from {chosen.min()} to {chosen.max()} asked for, there are {len(source)}. "
+            f"{folder.path}: rows from {chosen.min()} to {chosen.max()} asked for, there are {len(folder)}. "
             "Choose rows of these shards."
         )
     taken, _ = choose_backend(backend, options.device)
-    make = functools.partial(_batches, source, batches, work, options, taken, plan, assemble)
+    make = functools.partial(_batches, folder, batches, work, options, taken, plan, assemble)
     return _iterate(make)
 
 
@@ -227,7 +223,7 @@ def _iterate(make: Callable[[], Iterator[Ready[B]]]) -> Iterator[B]:
 
 
 def _batches(
-    source: ShardSource,
+    folder: ShardFolder,
     batches: Sequence[npt.NDArray[np.int64]],
     work: CropWork,
     options: BackendOptions,
@@ -238,17 +234,17 @@ def _batches(
     failures = FailurePolicy("raise")
 
     def jobs() -> Iterator[Job]:
-        ahead = Readahead(source, np.concatenate([np.empty(0, np.int64), *batches]), _READAHEAD_ROWS)
+        ahead = Readahead(folder, np.concatenate([np.empty(0, np.int64), *batches]), _READAHEAD_ROWS)
         start = 0
         for part in batches:
             ahead.step(start, len(part))
             start += len(part)
-            sizes = source.sizes(part)
-            yield Job(part, CropRequest(source.jpegs(part), sizes, plan(part, sizes)))
+            sizes = folder.sizes(part)
+            yield Job(part, CropRequest(folder.jpegs(part), sizes, plan(part, sizes)))
 
     def repair(job: Job, error: BadSampleError) -> Job:
-        failures.report(source, {int(job.rows[i]): reason for i, reason in error.reasons.items()})
+        failures.report(folder, {int(job.rows[i]): reason for i, reason in error.reasons.items()})
         raise AssertionError("the policy raises")
 
-    with source:
+    with folder:
         yield from run(backend, work, options, jobs(), repair, assemble)

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from common.command import run_command
 from common.errors import UserError
+from shards.folder import ShardFolder
 from shards.format import load_manifest
-from shards.inspection import ShardFolder, describe_folder, describe_row, write_image, write_sheet
+from shards.inspection import describe_folder, describe_row, find_row, write_image, write_sheet
 from shards.pack import ROWS_PER_SHARD, pack
 from shards.sources.labels import load_classes
 from shards.sources.recognise import SourceOptions
@@ -102,7 +103,7 @@ def _inspect(options: argparse.Namespace) -> int:
     if options.number < 1:
         raise UserError(f"--number is {options.number}. It is a number of images: 1 or more.")
     folder = ShardFolder(options.shards)
-    row = folder.find(options.row) if options.row else 0
+    row = find_row(folder, options.row) if options.row else 0
     if options.sheet:
         rows = range(row, min(row + options.number, len(folder.index)))
         write_sheet(folder, options.sheet, rows)

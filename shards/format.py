@@ -40,9 +40,9 @@ class RowFlag(enum.IntFlag):
     REENCODED = 256  # decoded and stored as RGB JPEG, quality 95, 4:4:4
     ROTATED = 512  # an EXIF orientation was applied to the pixels
     DOWNSCALED = 1024  # stored at 1/2, 1/4 or 1/8 of the size, being over the limit
-    EOI_ADDED = 2048  # only the end-of-image marker was missing; it was appended
+    EOI_ADDED = 2048  # an earlier version appended a missing end-of-image marker
     WARNED = 4096  # the decoder warned of the picture; kept by request, damage may show
-    MENDED = 8192  # stray bytes or padding outside the picture, or a JFIF revision, of which the decoder warned
+    MENDED = 8192  # an earlier version freed it of stray bytes outside the picture
 
 
 @dataclass(frozen=True)

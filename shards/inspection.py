@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-import os
+import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,65 +15,41 @@ from PIL import Image, ImageDraw
 
 from common.atomic import write_atomic
 from common.errors import UserError
-from shards.format import Manifest, RowFlag, is_key, load_manifest, name_uid
-from shards.index import ShardIndex, load_index
+from shards.folder import ShardFolder
+from shards.format import RowFlag, is_key, name_uid
 from shards.tar_format import BLOCK, padded
 
 _CELL, _CAPTION = 160, 14  # pixels
 
 
-class ShardFolder:
-    """A shard folder, opened for looking at single rows."""
+def find_row(folder: ShardFolder, wanted: str) -> int:
+    """Return the row of a number, an original relative name or a key.
 
-    def __init__(self, shards_dir: Path) -> None:
-        """Open the folder; raises UserError where it is not whole."""
-        self.path = shards_dir
-        self.manifest: Manifest = load_manifest(shards_dir)
-        self.index: ShardIndex = load_index(shards_dir)
+    Raises:
+        UserError: there is no such row.
+    """
+    if wanted.isdecimal() and str(int(wanted)) == wanted:  # "0012" can only be a key or a name
+        if int(wanted) < len(folder):
+            return int(wanted)
+        raise UserError(f"{folder.path}: row {wanted}, of {len(folder)} rows. Give one of 0 to {len(folder) - 1}.")
+    by_name = np.flatnonzero(folder.index.uid == np.uint64(name_uid(wanted)))
+    if len(by_name):
+        return int(by_name[0])
+    if is_key(wanted):
+        for row in range(len(folder)):
+            if folder.key(row) == wanted:
+                return row
+    raise UserError(
+        f"{folder.path}: {wanted!r} is neither a key nor an original name among {len(folder)} rows. "
+        "Give a row number, a key such as n01440764_10026, or a name such as n01440764/n01440764_10026.JPEG."
+    )
 
-    def jpeg(self, row: int) -> bytes:
-        """Return the bytes of a row's JPEG."""
-        return self._read(row, int(self.index.offset[row]), int(self.index.size[row]))
 
-    def key(self, row: int) -> str:
-        """Return the key of a row, from the tar header before its JPEG."""
-        header = self._read(row, int(self.index.offset[row]) - BLOCK, BLOCK)
-        return header[:100].partition(b"\0")[0].decode("ascii", "replace").removesuffix(".jpg")
-
-    def description(self, row: int) -> str:
-        """Return the text of a row's `.json`."""
-        header = int(self.index.offset[row]) + padded(int(self.index.size[row]))
-        size = int(self._read(row, header + 124, 11), 8)
-        return self._read(row, header + BLOCK, size).decode()
-
-    def find(self, wanted: str) -> int:
-        """Return the row of a number, an original relative name or a key.
-
-        Raises:
-            UserError: there is no such row.
-        """
-        if wanted.isdecimal() and str(int(wanted)) == wanted:  # "0012" can only be a key or a name
-            if int(wanted) < len(self.index):
-                return int(wanted)
-            raise UserError(
-                f"{self.path}: row {wanted}, of {len(self.index)} rows. Give one of 0 to {len(self.index) - 1}."
-            )
-        by_name = np.flatnonzero(self.index.uid == np.uint64(name_uid(wanted)))
-        if len(by_name):
-            return int(by_name[0])
-        if is_key(wanted):
-            for row in range(len(self.index)):
-                if self.key(row) == wanted:
-                    return row
-        raise UserError(
-            f"{self.path}: {wanted!r} is neither a key nor an original name among {len(self.index)} rows. "
-            "Give a row number, a key such as n01440764_10026, or a name such as n01440764/n01440764_10026.JPEG."
-        )
-
-    def _read(self, row: int, offset: int, size: int) -> bytes:
-        path = self.path / self.manifest.shards[int(self.index.shard[row])].name
-        with path.open("rb") as file:
-            return os.pread(file.fileno(), size, offset)
+def description(folder: ShardFolder, row: int) -> str:
+    """Return the text of a row's `.json`."""
+    header = int(folder.index.offset[row]) + padded(int(folder.index.size[row]))
+    member = tarfile.TarInfo.frombuf(folder.read(row, header, BLOCK), "utf-8", "strict")
+    return folder.read(row, header + BLOCK, member.size).decode()
 
 
 def describe_folder(folder: ShardFolder) -> str:
@@ -106,7 +82,7 @@ def describe_row(folder: ShardFolder, row: int) -> str:
     return "\n".join(
         [
             f"row {row}: {folder.key(row)}",
-            f"description: {folder.description(row)}",
+            f"description: {description(folder, row)}",
             f"label: {label} ({class_name})",
             f"pixels: {index.width[row]} x {index.height[row]}",
             f"JPEG: {index.size[row]} bytes at {index.offset[row]} of {shard}, crc32c {index.crc32c[row]:08x}",

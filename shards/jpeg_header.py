@@ -21,8 +21,6 @@ _STANDALONE = {0x01, *range(0xD0, 0xD8)}  # markers without a length
 _NOT_FRAMES = {0xC4, 0xC8, 0xCC}  # DHT, JPG, DAC lie in the range of the frame markers
 _SOS, _APP0, _APP1, _APP14 = 0xDA, 0xE0, 0xE1, 0xEE
 _ORIENTATION_TAG, _SHORT = 0x0112, 3
-_JFIF, _KNOWN_REVISION = b"JFIF\0", b"\x01\x01"
-_KEPT_PADDING = 4
 
 
 @dataclass(frozen=True)
@@ -62,18 +60,8 @@ class JpegHeader:
         return self.jfif or self.adobe_transform == 1 or self.component_ids != (0x52, 0x47, 0x42)
 
 
-@dataclass(frozen=True)
-class _Segment:
-    """A marker's place in a JPEG: of the 0xFF before its second byte, of its body, and of what follows."""
-
-    marker: int
-    start: int
-    body: int
-    end: int
-
-
-def _segments(data: bytes) -> Iterator[_Segment]:
-    """Yield the marker segments up to the first scan's, as decoders find them: past bytes that belong to none.
+def _segments(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """Yield marker and body of each segment up to the first scan's, as decoders find them: past stray bytes.
 
     Raises:
         ValueError: the bytes end, or a segment passes their end, before the first scan.
@@ -92,7 +80,7 @@ def _segments(data: bytes) -> Iterator[_Segment]:
         position += length
         if length < 2 or position > len(data):
             raise ValueError(f"the segment at byte {start} is cut")
-        yield _Segment(marker, start, start + 4, position)
+        yield marker, data[start + 4 : position]
         if marker == _SOS:
             return
 
@@ -102,13 +90,12 @@ def parse_jpeg_header(data: bytes) -> JpegHeader | None:
     frame: tuple[int, int, int, int, tuple[int, ...]] | None = None
     adobe_transform, jfif, orientation = None, False, 1
     try:
-        for segment in _segments(data):
-            marker, body = segment.marker, data[segment.body : segment.end]
+        for marker, body in _segments(data):
             if 0xC0 <= marker <= 0xCF and marker not in _NOT_FRAMES:
                 frame = _parse_frame(marker, body)
                 if frame is None:
                     return None
-            elif marker == _APP0 and body.startswith(_JFIF):
+            elif marker == _APP0 and body.startswith(b"JFIF\0"):
                 jfif = True
             elif marker == _APP14 and body.startswith(b"Adobe") and len(body) >= 12:
                 adobe_transform = body[11]
@@ -117,30 +104,6 @@ def parse_jpeg_header(data: bytes) -> JpegHeader | None:
     except ValueError:
         return None
     return JpegHeader(*frame, adobe_transform, jfif, orientation) if frame else None
-
-
-def without_harmless_faults(data: bytes) -> bytes:
-    """Return a JPEG of the same picture without the faults that decoders warn of and that cannot touch a pixel.
-
-    These are bytes between the segments before the first scan, a JFIF revision that no decoder knows, and
-    padding before the end mark: one byte value, repeated. Where there is none of them, the bytes are the same.
-
-    Raises:
-        ValueError: the markers are not well formed.
-    """
-    parts, scan = [SOI], 0
-    for segment in _segments(data):
-        whole = data[segment.start : segment.end]
-        if segment.marker == _APP0 and data.startswith(_JFIF, segment.body) and len(whole) >= 11:
-            whole = whole[:9] + _KNOWN_REVISION + whole[11:]
-        parts.append(whole)
-        scan = segment.end
-    if not data.endswith(EOI):
-        return b"".join([*parts, data[scan:]])
-    picture = data[scan : -len(EOI)]
-    padding = len(picture) - len(picture.rstrip(picture[-1:]))
-    # The last bytes of a picture may equal its padding. Decoders read up to 7 bytes ahead without a warning.
-    return b"".join([*parts, picture[: len(picture) - max(0, padding - _KEPT_PADDING)], EOI])
 
 
 def _parse_frame(marker: int, body: bytes) -> tuple[int, int, int, int, tuple[int, ...]] | None:

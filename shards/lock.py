@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from common.errors import UserError
+from common.locks import file_lock
 
-_LOCK, _WORKERS_LOCK = "lock", "workers.lock"
 _ORPHANS_END_WITHIN = 60.0  # seconds; a worker ends within milliseconds of its parent
 
 
@@ -22,58 +20,23 @@ def only_packer(work: Path) -> Iterator[None]:
     Raises:
         UserError: another packer holds it.
     """
-    descriptor = _acquire(work)
-    try:
-        _await_orphans(work)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def hold_as_worker(work: Path) -> int:
-    """Mark this process as a worker of the packing for as long as the returned descriptor stays open."""
-    descriptor = os.open(work / _WORKERS_LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
-    fcntl.flock(descriptor, fcntl.LOCK_SH)
-    return descriptor
-
-
-def _acquire(work: Path) -> int:
-    while True:
-        work.mkdir(parents=True, exist_ok=True)
-        path = work / _LOCK
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            holder = os.pread(descriptor, 20, 0).decode() or "unknown"
-            os.close(descriptor)
+    with file_lock(work / "lock", timeout=0) as held:
+        if not held:
             raise UserError(
-                f"{work.parent}: another packer (process {holder}) is at work there. "
-                "Wait for it to end, or choose another output folder."
-            ) from error
-        # The packer that held it may have finished and removed the file between our open and our lock.
-        if path.exists() and path.stat().st_ino == os.fstat(descriptor).st_ino:
-            os.truncate(descriptor, 0)
-            os.pwrite(descriptor, str(os.getpid()).encode(), 0)
-            return descriptor
-        os.close(descriptor)
-
-
-def _await_orphans(work: Path) -> None:
-    descriptor = os.open(work / _WORKERS_LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
-    try:
-        deadline = time.monotonic() + _ORPHANS_END_WITHIN
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            except BlockingIOError as error:
-                if time.monotonic() > deadline:
+                f"{work.parent}: another packer is at work there. Wait for it to end, or choose another output folder."
+            )
+        # Each worker holds a lock of its own: one that outlived its packer could still put a file in place.
+        for path in sorted(work.glob("worker-*.lock")):
+            with file_lock(path, timeout=_ORPHANS_END_WITHIN) as ended:
+                if not ended:
                     raise UserError(
-                        f"{work.parent}: workers of an earlier packer have not ended in "
-                        f"{_ORPHANS_END_WITHIN:.0f} s. End them (`fuser {work / _WORKERS_LOCK}` lists them) "
-                        "and run the same command again."
-                    ) from error
-                time.sleep(0.05)
-    finally:
-        os.close(descriptor)
+                        f"{work.parent}: a worker of an earlier packer has not ended in {_ORPHANS_END_WITHIN:.0f} s. "
+                        f"End it (`fuser {path}` names it) and run the same command again."
+                    )
+                path.unlink(missing_ok=True)
+        yield
+
+
+def hold_as_worker(work: Path) -> AbstractContextManager[bool]:
+    """Mark this process as a worker of the packing for as long as the block runs."""
+    return file_lock(work / f"worker-{os.getpid()}.lock")

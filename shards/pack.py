@@ -32,12 +32,13 @@ from shards.index import write_index
 from shards.listing import Listing, write_listing
 from shards.lock import only_packer
 from shards.sanitize import policy_fields
-from shards.shard_writer import WARNED_COUNT, ShardRecord, ShardSettings, merged_columns, read_record
+from shards.shard_writer import WARNED_COUNT, ShardJob, ShardRecord, ShardSettings, merged_columns, read_record
 from shards.sources.base import Source
 from shards.sources.recognise import SourceOptions, recognise
-from shards.workers import LISTING_FOLDER, RECORDS_FOLDER, PackJob, finish_shards
+from shards.workers import finish_shards
 
 ROWS_PER_SHARD = 2048
+LISTING_FOLDER, RECORDS_FOLDER = "listing", "records"
 _REQUEST_FILE, _STAGE_FOLDER = "request.json", "stage"
 _TAR_BYTES_A_ROW = 3584  # three headers, padding, label and description
 
@@ -244,22 +245,27 @@ class _Run:
 
     def _pack(self, listing: Listing, workers: int) -> Manifest:
         num_shards = -(-len(listing) // self.settings.rows_per_shard)
-        job = PackJob(self.output, self.source.containers, self.settings)
         quarantined = 0
-        with tqdm(
-            total=len(listing), desc="packing", unit=" images", disable=not self.progress, mininterval=0.5
-        ) as bar:
+        with tqdm(total=len(listing), desc="packing", unit=" images", disable=not self.progress) as bar:
 
             def report(done: int, newly_quarantined: int) -> None:
                 nonlocal quarantined
                 quarantined += newly_quarantined
-                if newly_quarantined:
-                    bar.set_postfix(quarantined=quarantined, refresh=False)
+                bar.set_postfix(quarantined=quarantined, refresh=False)
                 bar.update(done)
 
-            bar.set_postfix(quarantined=0, refresh=False)
-            finish_shards(job, range(num_shards), min(workers, num_shards), report)
+            jobs = (self._job(listing, number) for number in range(num_shards))
+            finish_shards(self.output, jobs, min(workers, num_shards), report)
         return self._publish(listing, num_shards)
+
+    def _job(self, listing: Listing, number: int) -> ShardJob:
+        start = number * self.settings.rows_per_shard
+        rows = []
+        for position in listing.order[start : start + self.settings.rows_per_shard].tolist():
+            item = listing.item(position)
+            rows.append((item, *listing.key(position, item.name)))
+        records = self.work / RECORDS_FOLDER
+        return ShardJob(number, self.output, records, self.source.containers, self.settings, rows)
 
     def _publish(self, listing: Listing, num_shards: int) -> Manifest:
         """Write index, classes, quarantine list and, last of all, the manifest."""

@@ -22,7 +22,6 @@ from shards.jpeg_header import (
     SOI,
     JpegHeader,
     parse_jpeg_header,
-    without_harmless_faults,
 )
 
 MAX_SIDE = 32767  # heights and widths travel in 15 bits of the crop specs
@@ -34,7 +33,6 @@ _NO_FLAGS = RowFlag(0)
 # Formats that Pillow may open. Others that it knows start programs (EPS) or are no photographs.
 _OTHER_FORMATS = ("PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 _UNNAMED_SAMPLING = "Could not determine subsampling level"
-_MISSING_EOI = "Premature end of JPEG file"
 # In the order in which they are tried: the first that brings an image inside the limits.
 _SCALE_FACTORS = (1, 2, 4, 8)
 
@@ -65,7 +63,7 @@ class StoredImage:
 def policy_fields(*, keep_warned: bool) -> dict[str, Any]:
     """Return what decides the stored bytes, for the manifest: the limits, the quality, the versions."""
     return {
-        "version": 2,
+        "version": 3,
         "max_side": MAX_SIDE,
         "max_pixels": MAX_PIXELS,
         "max_file_bytes": MAX_FILE_BYTES,
@@ -80,8 +78,7 @@ def sanitise(data: bytes, *, keep_warned: bool = False) -> StoredImage:
     """Return what to store for the bytes of an image file.
 
     An 8-bit baseline or progressive gray or YCbCr JPEG of orientation 1 that decodes without a warning is
-    kept byte for byte. Whatever else decodes cleanly is re-encoded as an RGB JPEG, and so is a JPEG whose
-    only faults cannot touch its picture.
+    kept byte for byte. Whatever else decodes cleanly is re-encoded as an RGB JPEG.
 
     Args:
         data: the file's bytes.
@@ -107,7 +104,7 @@ def sanitise(data: bytes, *, keep_warned: bool = False) -> StoredImage:
 def _sanitise_jpeg(data: bytes, header: JpegHeader, keep_warned: bool) -> StoredImage:
     factor = _scale_factor(header.height, header.width)
     try:
-        data, flags = _whole_jpeg(data, header)
+        _strict_decode(data, header)
     except _UnusualSampling:
         return _encode(_decode_by_pillow(data, header, factor), "JPEG of unusual sampling")
     except ValueError as error:
@@ -118,9 +115,8 @@ def _sanitise_jpeg(data: bytes, header: JpegHeader, keep_warned: bool) -> Stored
         if not keep_warned:
             raise ImageWarned(f"damaged JPEG: {error}") from error
         return _encode(pixels, "JPEG with a warning", RowFlag.WARNED)
+    flags = _NO_FLAGS
     origin = _reason_to_reencode(header, factor)
-    if not origin and RowFlag.MENDED in flags:
-        origin = "JPEG with a harmless fault"
     if origin:
         if header.orientation != 1:
             flags |= RowFlag.ROTATED
@@ -149,50 +145,15 @@ def _reason_to_reencode(header: JpegHeader, factor: int) -> str:
     return "JPEG over the size limit" if factor != 1 else ""
 
 
-def _whole_jpeg(data: bytes, header: JpegHeader) -> tuple[bytes, RowFlag]:
-    """Return a JPEG that decodes without a warning: the bytes themselves, or freed of harmless faults.
-
-    Raises:
-        ValueError: the decoder warned of something else, or failed; the message is its own.
-    """
-    try:
-        return _check_entropy_coding(data, header)
-    except _UnusualSampling:
-        raise
-    except ValueError as error:
-        try:
-            mended, flags = _check_entropy_coding(without_harmless_faults(data), header)
-        except ValueError:
-            raise error from None
-        return mended, flags | RowFlag.MENDED
-
-
-def _check_entropy_coding(data: bytes, header: JpegHeader) -> tuple[bytes, RowFlag]:
-    """Decode every coefficient strictly; return the bytes to store, the end mark appended where it lacked.
+def _strict_decode(data: bytes, header: JpegHeader) -> None:
+    """Decode every coefficient; a warning counts as an error.
 
     All of libjpeg's warnings come from markers and entropy decoding, none from the transform or the colour
     conversion; so the check decodes at 1/8 scale, where those cost next to nothing.
 
-    A baseline JPEG that lacks its end mark alone is whole: with the mark appended it decodes without a
-    warning. For a progressive one that would prove nothing, since whole scans could be missing too.
-
     Raises:
         ValueError: the decoder warned or failed; the message is its own.
     """
-    try:
-        _strict_decode(data, header)
-        return data, _NO_FLAGS
-    except ValueError as error:
-        if _MISSING_EOI not in str(error) or header.process != BASELINE:
-            raise
-        try:
-            _strict_decode(data + EOI, header)
-        except ValueError:
-            raise error from None
-        return data + EOI, RowFlag.EOI_ADDED
-
-
-def _strict_decode(data: bytes, header: JpegHeader) -> None:
     try:
         simplejpeg.decode_jpeg_header(data, strict=True)
     except ValueError as error:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import google_crc32c
 import numpy as np
@@ -17,16 +16,14 @@ import numpy.typing as npt
 from common.atomic import open_atomic, write_atomic
 from common.hashing import canonical_json, file_sha256
 from shards.format import RowFlag, ShardEntry, name_uid, shard_name
+from shards.images import ImageReader, SourceUnreadable
 from shards.index import COLUMN_DTYPES
-from shards.listing import Listing
-from shards.reader import ImageReader, SourceUnreadable
 from shards.sanitize import MAX_FILE_BYTES, ImageRejected, ImageWarned, StoredImage, sanitise
-from shards.sources.base import SourceItem
-from shards.tar_format import SampleWriter
+from shards.sources.base import Container, SourceItem
+from shards.tar_format import add_sample, open_tar
 
 ROW_COLUMNS = {name: dtype for name, dtype in COLUMN_DTYPES.items() if name != "shard"}
 WARNED_COUNT = "quarantined for a warning"  # of the quarantined: what other programs read all the same
-Tick = Callable[[int, int], None]  # (rows done, rows quarantined); raises where packing is to stop
 
 
 @dataclass(frozen=True)
@@ -73,20 +70,6 @@ def label_text(label: int) -> bytes:
     return str(label).encode()
 
 
-class _HashingFile:
-    """Passes writes on and hashes them, so that a finished tar need not be read again."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.sha256 = hashlib.sha256()
-        self.size = 0
-
-    def write(self, data: bytes) -> None:
-        self._file.write(data)
-        self.sha256.update(data)
-        self.size += len(data)
-
-
 class _Rows:
     """Collects the columns of a shard's rows."""
 
@@ -111,83 +94,95 @@ class _Rows:
         self.counts[f"re-encoded: {stored.origin}" if stored.origin else "verbatim"] += 1
         if RowFlag.RENAMED in flags:
             self.counts["renamed"] += 1
-        if RowFlag.EOI_ADDED in flags:
-            self.counts["end mark added"] += 1
-        if RowFlag.MENDED in flags:
-            self.counts["harmless faults mended"] += 1
 
     def columns(self) -> dict[str, npt.NDArray[Any]]:
         return {name: np.array(self._values[name], dtype) for name, dtype in ROW_COLUMNS.items()}
 
 
-def write_shard(
-    number: int,
-    output: Path,
-    records: Path,
-    listing: Listing,
-    reader: ImageReader,
-    settings: ShardSettings,
-    tick: Tick,
-) -> None:
-    """Write the tar of that number to `output` and then its record to `records`.
+@dataclass(frozen=True)
+class ShardJob:
+    """All that packing one shard needs, small enough to be sent to another process.
+
+    Attributes:
+        number: of the shard in the plan.
+        output: folder of the tars.
+        records: folder of the records of finished shards.
+        containers: where the images lie.
+        settings: see `ShardSettings`.
+        rows: item, tar key and whether that is not its plain name, of each row.
+    """
+
+    number: int
+    output: Path
+    records: Path
+    containers: Sequence[Container]
+    settings: ShardSettings
+    rows: Sequence[tuple[SourceItem, str, bool]]
+
+
+def finish_shard(job: ShardJob, check_stop: Callable[[], None]) -> tuple[int, int]:
+    """Keep the shard if it is finished and whole, otherwise pack it; return rows done and of these quarantined.
+
+    Args:
+        job: the shard.
+        check_stop: called before each row; raises where packing is to stop.
 
     Raises:
         UserError: the disk is full, or the source cannot be read or changed.
     """
-    start = number * settings.rows_per_shard
-    positions = listing.order[start : start + settings.rows_per_shard].tolist()
-    rows = _Rows()
-    path = output / shard_name(number)
+    record = finished_record(job.number, job.output, job.records)
+    if record is None:
+        with ImageReader(job.containers) as reader:
+            record = _write_shard(job, reader, check_stop)
+    return record.entry.rows + len(record.quarantined), len(record.quarantined)
+
+
+def _write_shard(job: ShardJob, reader: ImageReader, check_stop: Callable[[], None]) -> ShardRecord:
+    """Write the tar and then its record."""
+    rows, path = _Rows(), job.output / shard_name(job.number)
     with open_atomic(path) as file:
-        sink = _HashingFile(file)
-        writer = SampleWriter(sink)
-        for position in positions:
-            done = _write_row(position, listing, reader, settings, writer, rows)
-            tick(1, 0 if done else 1)
-        writer.close()
+        with open_tar(file) as tar:
+            for item, key, renamed in job.rows:
+                check_stop()
+                stored = _stored_or_quarantined(item, reader, job.settings, rows)
+                if stored is None:
+                    continue
+                class_name = job.settings.class_names[item.label] if item.label >= 0 else ""
+                offset = add_sample(
+                    tar,
+                    key,
+                    cls=label_text(item.label),
+                    jpg=stored.jpeg,
+                    json=sample_json(item.name, class_name, stored.height, stored.width),
+                )
+                rows.add(item, stored, offset, stored.flags | (RowFlag.RENAMED if renamed else RowFlag(0)))
         reader.check_unchanged()
     columns = rows.columns()
-    num_rows = len(columns["offset"])
-    if num_rows == 0:
+    entry = ShardEntry(path.name, path.stat().st_size, file_sha256(path), len(columns["offset"]))
+    if entry.rows == 0:
         path.unlink()
-    entry = ShardEntry(path.name, sink.size, sink.sha256.hexdigest(), num_rows)
-    write_record(records, number, ShardRecord(entry, columns, rows.quarantined, dict(rows.counts)))
+    record = ShardRecord(entry, columns, rows.quarantined, dict(rows.counts))
+    write_record(job.records, job.number, record)
+    return record
 
 
-def _write_row(
-    position: int,
-    listing: Listing,
-    reader: ImageReader,
-    settings: ShardSettings,
-    writer: SampleWriter,
-    rows: _Rows,
-) -> bool:
-    """Write the sample at a position of the listing, or quarantine it and return False."""
-    item = listing.item(position)
+def _stored_or_quarantined(
+    item: SourceItem, reader: ImageReader, settings: ShardSettings, rows: _Rows
+) -> StoredImage | None:
     try:
         if item.size > MAX_FILE_BYTES:
             raise ImageRejected(f"too large: {item.size} bytes, the limit is {MAX_FILE_BYTES}")
-        stored = sanitise(reader.read(item), keep_warned=settings.keep_warned)
+        return sanitise(reader.read(item), keep_warned=settings.keep_warned)
     except ImageRejected as rejection:
-        rows.quarantined.append({"name": item.name, "reason": str(rejection)})
+        reason = str(rejection)
         if isinstance(rejection, ImageWarned):
             rows.counts[WARNED_COUNT] += 1
-        return False
     except SourceUnreadable as unreadable:
         if not settings.skip_unreadable:
             raise
-        rows.quarantined.append({"name": item.name, "reason": f"unreadable: {unreadable.__cause__}"})
-        return False
-    key, renamed = listing.key(position, item.name)
-    class_name = settings.class_names[item.label] if item.label >= 0 else ""
-    offset = writer.write(
-        key,
-        cls=label_text(item.label),
-        jpg=stored.jpeg,
-        json=sample_json(item.name, class_name, stored.height, stored.width),
-    )
-    rows.add(item, stored, offset, stored.flags | (RowFlag.RENAMED if renamed else RowFlag(0)))
-    return True
+        reason = f"unreadable: {unreadable.__cause__}"
+    rows.quarantined.append({"name": item.name, "reason": reason})
+    return None
 
 
 def write_record(records: Path, number: int, record: ShardRecord) -> None:
@@ -208,7 +203,7 @@ def read_record(records: Path, number: int) -> ShardRecord | None:
     return ShardRecord(ShardEntry(**about["entry"]), columns, about["quarantined"], about["counts"])
 
 
-def is_finished(number: int, output: Path, records: Path) -> ShardRecord | None:
+def finished_record(number: int, output: Path, records: Path) -> ShardRecord | None:
     """Return the record of a shard whose tar is there and hashes to it; None where it is to be packed."""
     record = read_record(records, number)
     if record is None or record.entry.rows == 0:

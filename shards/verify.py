@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
+import io
 import json
-import mmap
 import multiprocessing
 import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import google_crc32c
 import numpy as np
@@ -24,6 +24,7 @@ from shards.format import (
     MANIFEST_NAME,
     WORK_FOLDER,
     Manifest,
+    ShardEntry,
     load_manifest,
     name_uid,
     plain_key,
@@ -31,9 +32,9 @@ from shards.format import (
 )
 from shards.index import ShardIndex, read_index
 from shards.shard_writer import label_text, sample_json
-from shards.tar_format import BLOCK, end_of_archive, member_header, padded
+from shards.tar_format import BLOCK, add_sample, open_tar, padded
 
-_SUFFIXES = (".cls", ".jpg", ".json")
+_LAST_DESCRIPTION = 1 << 16  # bytes that hold any description, where no next sample tells its end
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,15 @@ class _Rows:
 
     first: int
     index: ShardIndex
+
+    def numbers(self) -> range:
+        """Return the numbers of its rows."""
+        return range(self.first, self.first + len(self.index))
+
+    def sample_start(self, row: int) -> int:
+        """Return where a row's sample begins: two headers and the label before its JPEG."""
+        place = row - self.first
+        return int(self.index.offset[place]) - 2 * BLOCK - padded(len(label_text(int(self.index.label[place]))))
 
 
 def verify(
@@ -140,140 +150,95 @@ def _listed_files(folder: Path, manifest: Manifest) -> Iterator[Fault]:
             yield Fault(entry.name, None, f"sha256 differs ({size} bytes, the manifest says {entry.bytes})")
 
 
-def _verify_shard(
-    folder: Path, manifest: Manifest, number: int, rows: _Rows | None, every: int
-) -> list[Fault]:
-    """Check one tar: size, sha256, and every byte of every sample against the index."""
+def _verify_shard(folder: Path, manifest: Manifest, number: int, rows: _Rows | None, every: int) -> list[Fault]:
+    """Check one tar by size and sha256; where they differ, look for the rows that are damaged."""
     entry = manifest.shards[number]
     path = folder / entry.name
     if not path.is_file():
         return []
     size = path.stat().st_size
-    faults = []
-    if size != entry.bytes:
-        faults.append(Fault(entry.name, None, f"{size} bytes, the manifest says {entry.bytes}"))
-    if size == 0:
-        return faults
     try:
-        file = path.open("rb")
+        same = size == entry.bytes and file_sha256(path) == entry.sha256
+        faults = [] if same else _look_for_damage(path, entry, size, manifest, rows)
+        damaged = {fault.row for fault in faults}
+        with path.open("rb") as tar:
+            if rows is not None and every and size:
+                for row in rows.numbers():
+                    if row % every == 0 and row not in damaged:
+                        faults.extend(_decode(tar, rows, row, entry.name))
     except OSError as error:
-        return [*faults, Fault(entry.name, None, f"cannot be read: {error.strerror}")]
-    with file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as tar:
-        tar.madvise(mmap.MADV_SEQUENTIAL)
-        digest = hashlib.sha256()
-        for sample in _samples(tar, manifest, rows):
-            digest.update(memoryview(tar)[sample.start : sample.end])
-            faults.extend(Fault(entry.name, sample.row, what) for what in sample.faults)
-            if every and sample.row is not None and sample.row % every == 0 and not sample.faults:
-                faults.extend(_decode(tar, rows, sample.row, entry.name))
-        if size == entry.bytes and digest.hexdigest() != entry.sha256 and not faults:
-            found, said = digest.hexdigest()[:16], entry.sha256[:16]
-            faults.append(Fault(entry.name, None, f"sha256 {found}, the manifest says {said}"))
+        return [Fault(entry.name, None, f"cannot be read: {error.strerror}")]
     return faults
 
 
-@dataclass(frozen=True)
-class _Sample:
-    """A stretch of a tar and what is wrong with it; the end of the archive has no row."""
-
-    row: int | None
-    start: int
-    end: int
-    faults: list[str]
-
-
-def _samples(tar: mmap.mmap, manifest: Manifest, rows: _Rows | None) -> Iterator[_Sample]:
-    """Divide a tar into its samples, by the index, and compare each with what packing writes."""
-    if rows is None:
-        yield _Sample(None, 0, len(tar), [])
-        return
-    end = 0
-    for position in range(len(rows.index)):
-        label = int(rows.index.label[position])
-        start = end
-        if start >= len(tar):
-            missing = f"missing, with all later rows of the shard: the tar ends at byte {len(tar)}"
-            yield _Sample(rows.first + position, len(tar), len(tar), [missing])
-            return
-        jpeg = int(rows.index.offset[position])
-        expected = start + BLOCK + padded(len(label_text(label))) + BLOCK
-        faults = [] if jpeg == expected else [f"its JPEG is at {jpeg} by the index, at {expected} by the tar"]
-        name, json_end, damage = _description(tar, rows.index, position)
-        if damage:
-            faults.append(damage)
-        else:
-            faults += _compare(tar, start, json_end, manifest, rows.index, position, name)
-        # Where the description is damaged its length is not known: the next sample's place tells it.
-        last = position + 1 == len(rows.index)
-        end = json_end if last else _sample_start(rows.index, position + 1)
-        yield _Sample(rows.first + position, start, min(end, len(tar)), faults)
-    tail = end_of_archive(end)
-    stretch = tar[end:]
-    fault = [] if stretch == tail else [f"the end of the archive is not {len(tail)} zeros from byte {end}"]
-    yield _Sample(None, min(end, len(tar)), len(tar), fault)
-
-
-def _sample_start(index: ShardIndex, position: int) -> int:
-    label = int(index.label[position])
-    return int(index.offset[position]) - BLOCK - padded(len(label_text(label))) - BLOCK
-
-
-def _description(tar: mmap.mmap, index: ShardIndex, position: int) -> tuple[str, int, str]:
-    """Return the name in a sample's `.json`, where the sample ends, and what is wrong, if anything."""
-    header = int(index.offset[position]) + padded(int(index.size[position]))
-    data = header + BLOCK
-    try:
-        length = int(tar[header + 124 : header + 135], 8)
-        name = json.loads(tar[data : data + length])["name"]
-        uid = name_uid(name)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return "", padded(data + 1), "its .json is cut, damaged or misplaced"
-    end = data + padded(length)
-    if uid != int(index.uid[position]):
-        return name, end, f"its .json names {name!r}, whose id is not the index's"
-    return name, end, ""
+def _look_for_damage(
+    path: Path, entry: ShardEntry, size: int, manifest: Manifest, rows: _Rows | None
+) -> list[Fault]:
+    """Compare each sample with what packing writes: by the index, and by the name in its own description."""
+    faults = [] if size == entry.bytes else [f"{size} bytes, the manifest says {entry.bytes}"]
+    found = [Fault(entry.name, None, what) for what in faults]
+    if rows is None or size == 0:
+        return found or [Fault(entry.name, None, "its sha256 is not what the manifest says")]
+    with path.open("rb") as tar:
+        start = 0
+        for row in rows.numbers():
+            if start >= size:
+                missing = f"missing, with all later rows of the shard: the tar ends at byte {size}"
+                return [*found, Fault(entry.name, row, missing)]
+            # Where the description is damaged its length is not known: the next sample's place tells it.
+            following = rows.sample_start(row + 1) if row + 1 in rows.numbers() else None
+            what, end = _compare(tar, start, following, manifest, rows, row)
+            if what:
+                found.append(Fault(entry.name, row, what))
+            start = following or end
+        tar.seek(start)
+        tail = tar.read()
+    if tail != bytes(entry.bytes - start):
+        what = f"the end of the archive is not {entry.bytes - start} zeros from byte {start}"
+        found.append(Fault(entry.name, None, what))
+    return found or [Fault(entry.name, None, "its sha256 is not what the manifest says")]
 
 
 def _compare(
-    tar: mmap.mmap, start: int, end: int, manifest: Manifest, index: ShardIndex, position: int, name: str
-) -> Iterator[str]:
-    """Compare a sample's headers, label, description, padding and checksum with what packing writes."""
-    label = int(index.label[position])
-    jpeg, size = int(index.offset[position]), int(index.size[position])
-    class_name = manifest.class_names[label] if label >= 0 else ""
-    height, width = int(index.height[position]), int(index.width[position])
-    contents = (label_text(label), None, sample_json(name, class_name, height, width))
-    places = (start, jpeg - BLOCK, jpeg + padded(size))
-    key = _key(tar[places[0] : places[0] + 100], name)
-    for suffix, content, place in zip(_SUFFIXES, contents, places, strict=True):
-        length = size if content is None else len(content)
-        if tar[place : place + BLOCK] != member_header(key + suffix, length):
-            yield f"the header of its {suffix} at byte {place} is not that of {key + suffix}, {length} bytes"
-        data = place + BLOCK
-        if content is not None and tar[data : data + length] != content:
-            yield f"its {suffix} is {tar[data : data + length]!r}, the index says {content!r}"
-        padding = tar[data + length : data + padded(length)]
-        if padding != bytes(padded(length) - length):
-            yield f"the padding after its {suffix} is cut or not zero"
-    if google_crc32c.value(tar[jpeg : jpeg + size]) != int(index.crc32c[position]):
-        yield f"its JPEG of {size} bytes at {jpeg} does not match its crc32c"
-    if end > len(tar):
-        yield f"it ends at byte {end}, the tar at {len(tar)}"
-
-
-def _key(header_name: bytes, name: str) -> str:
-    """Return the key that packing gave a name: the one of two that the tar shows."""
-    unique = unique_key(name)
-    return unique if header_name.startswith(unique.encode() + b".") else plain_key(name)[0]
-
-
-def _decode(tar: mmap.mmap, rows: _Rows | None, row: int, file: str) -> Iterator[Fault]:
-    assert rows is not None
-    position = row - rows.first
-    jpeg, size = int(rows.index.offset[position]), int(rows.index.size[position])
-    expected = (int(rows.index.height[position]), int(rows.index.width[position]), 3)
+    tar: BinaryIO, start: int, following: int | None, manifest: Manifest, rows: _Rows, row: int
+) -> tuple[str, int]:
+    """Return what is wrong with a sample, empty if nothing is, and where it ends."""
+    place = row - rows.first
+    label, size, jpeg_start = (int(getattr(rows.index, name)[place]) for name in ("label", "size", "offset"))
+    tar.seek(start)
+    sample = tar.read((following or jpeg_start + padded(size) + _LAST_DESCRIPTION) - start)
+    jpeg = sample[jpeg_start - start : jpeg_start - start + size]
+    description = sample[jpeg_start - start + padded(size) + BLOCK :]
     try:
-        found = simplejpeg.decode_jpeg(tar[jpeg : jpeg + size], strict=True).shape
+        name = json.loads(description.partition(b"\0")[0])["name"]
+        uid = name_uid(name)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return "its .json is cut, damaged or misplaced", following or jpeg_start + padded(size) + 2 * BLOCK
+    if uid != int(rows.index.uid[place]):
+        return f"its .json names {name!r}, whose id is not the index's", following or start
+    unique = unique_key(name)
+    key = unique if sample.startswith(unique.encode() + b".") else plain_key(name)[0]
+    class_name = manifest.class_names[label] if label >= 0 else ""
+    height, width = int(rows.index.height[place]), int(rows.index.width[place])
+    expected = io.BytesIO()
+    json_text = sample_json(name, class_name, height, width)
+    add_sample(open_tar(expected), key, cls=label_text(label), jpg=jpeg.ljust(size, b"\0"), json=json_text)
+    wanted = expected.getvalue()
+    if google_crc32c.value(jpeg) != int(rows.index.crc32c[place]):
+        return f"its JPEG of {size} bytes at {jpeg_start} does not match its crc32c", start + len(wanted)
+    if sample[: len(wanted)] != wanted:
+        pairs = zip(sample, wanted, strict=False)
+        first = start + next((i for i, (a, b) in enumerate(pairs) if a != b), len(sample))
+        return f"header, label, description or padding at byte {first} is not what packing writes", start + len(wanted)
+    return "", start + len(wanted)
+
+
+def _decode(tar: BinaryIO, rows: _Rows, row: int, file: str) -> Iterator[Fault]:
+    place = row - rows.first
+    tar.seek(int(rows.index.offset[place]))
+    expected = (int(rows.index.height[place]), int(rows.index.width[place]), 3)
+    try:
+        found = simplejpeg.decode_jpeg(tar.read(int(rows.index.size[place])), strict=True).shape
     except ValueError as error:
         yield Fault(file, row, f"its JPEG does not decode: {error}")
         return

@@ -6,131 +6,91 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass
-from multiprocessing.sharedctypes import Synchronized
 from multiprocessing.synchronize import Event
 from pathlib import Path
 
 from common.errors import UserError
 from shards.format import WORK_FOLDER
-from shards.listing import Listing
 from shards.lock import hold_as_worker
-from shards.reader import ImageReader
-from shards.shard_writer import ShardSettings, is_finished, write_shard
-from shards.sources.base import Container
+from shards.shard_writer import ShardJob, finish_shard
 
-LISTING_FOLDER, RECORDS_FOLDER = "listing", "records"
-Report = Callable[[int, int], None]  # (rows done, of them quarantined), since the last report
+Report = Callable[[int, int], None]  # (rows done, of them quarantined) of a shard that is finished
 
 
 class _Stopped(Exception):
     """Another worker failed or the user interrupted."""
 
 
-@dataclass(frozen=True)
-class PackJob:
-    """Everything that a worker needs, small enough to be sent to it."""
-
-    output: Path
-    containers: Sequence[Container]
-    settings: ShardSettings
+_stop: Event
 
 
-class ShardPacker:
-    """Finishes shards of one job, in this process."""
-
-    def __init__(self, job: PackJob) -> None:
-        """Open the listing of the job."""
-        self._job = job
-        self._work = job.output / WORK_FOLDER
-        self._listing = Listing(self._work / LISTING_FOLDER)
-        self._reader = ImageReader(job.containers)
-
-    def finish(self, number: int, tick: Report) -> None:
-        """Keep the shard if it is finished and whole, otherwise pack it."""
-        records = self._work / RECORDS_FOLDER
-        record = is_finished(number, self._job.output, records)
-        if record is not None:
-            tick(record.entry.rows + len(record.quarantined), len(record.quarantined))
-            return
-        try:
-            write_shard(
-                number, self._job.output, records, self._listing, self._reader, self._job.settings, tick
-            )
-        finally:
-            self._reader.close()
-
-
-@dataclass(frozen=True)
-class _Shared:
-    stop: Event
-    done: Synchronized[int]
-    quarantined: Synchronized[int]
-
-    def tick(self, done: int, quarantined: int) -> None:
-        if self.stop.is_set():
-            raise _Stopped
-        with self.done.get_lock():
-            self.done.value += done
-        if quarantined:
-            with self.quarantined.get_lock():
-                self.quarantined.value += quarantined
-
-
-_worker: tuple[ShardPacker, _Shared]
-
-
-def _start_worker(job: PackJob, shared: _Shared) -> None:
-    global _worker
-    hold_as_worker(job.output / WORK_FOLDER)
+def _start_worker(output: Path, stop: Event) -> None:
+    global _stop
+    _stop = stop
+    # Entered and never left: the system lets go of the lock when the process ends.
+    hold_as_worker(output / WORK_FOLDER).__enter__()
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _worker = ShardPacker(job), shared
 
 
 def _end_with_parent() -> None:
-    """Wait for the packer to die, and die: idle or not, a worker must not outlive it, for it holds the lock."""
+    """Wait for the packer to die, and die: idle or not, a worker must not outlive it."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
     os._exit(1)
 
 
-def _finish_shard(number: int) -> None:
-    packer, shared = _worker
-    packer.finish(number, shared.tick)
+def _check_stop() -> None:
+    if _stop.is_set():
+        raise _Stopped
 
 
-def finish_shards(job: PackJob, numbers: Iterable[int], workers: int, report: Report) -> None:
-    """Finish the shards of those numbers with `workers` processes; with one, in this process.
+def _finish_shard(job: ShardJob) -> tuple[int, int]:
+    return finish_shard(job, _check_stop)
+
+
+def finish_shards(output: Path, jobs: Iterable[ShardJob], workers: int, report: Report) -> None:
+    """Finish shards with `workers` processes; with one, in this process.
 
     Raises:
         UserError: the first that a worker met; the others have then stopped.
     """
     if workers == 1:
-        packer = ShardPacker(job)
-        for number in numbers:
-            packer.finish(number, report)
+        for job in jobs:
+            report(*finish_shard(job, lambda: None))
         return
     context = multiprocessing.get_context("spawn")
-    shared = _Shared(context.Event(), context.Value("q", 0), context.Value("q", 0))
-    with ProcessPoolExecutor(workers, context, _start_worker, (job, shared)) as pool:
+    stop = context.Event()
+    with ProcessPoolExecutor(workers, context, _start_worker, (output, stop)) as pool:
         try:
-            with _interrupts_ignored():  # which the processes started here inherit: the parent decides
-                futures = [pool.submit(_finish_shard, number) for number in numbers]
-            _watch(futures, shared, report)
+            pending: set[Future[tuple[int, int]]] = set()
+            for job in jobs:
+                with _interrupts_ignored():  # which the processes started here inherit: the parent decides
+                    pending.add(pool.submit(_finish_shard, job))
+                if len(pending) >= 2 * workers:  # so that the rows of few shards are in memory
+                    pending = _report_finished(pending, report)
+            while pending:
+                pending = _report_finished(pending, report)
         except BaseException as error:
-            shared.stop.set()
+            stop.set()
             pool.shutdown(cancel_futures=True)
             if isinstance(error, BrokenProcessPool):
                 raise UserError(
-                    f"{job.output}: a packing process died (killed, or out of memory). Run the same command "
+                    f"{output}: a packing process died (killed, or out of memory). Run the same command "
                     "again: what is finished is kept; try fewer --workers if memory was short."
                 ) from error
             raise
+
+
+def _report_finished(pending: set[Future[tuple[int, int]]], report: Report) -> set[Future[tuple[int, int]]]:
+    finished, pending = wait(pending, return_when=FIRST_COMPLETED)
+    for future in finished:
+        report(*future.result())
+    return pending
 
 
 @contextmanager
@@ -143,15 +103,3 @@ def _interrupts_ignored() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, handler)
-
-
-def _watch(futures: list[Future[None]], shared: _Shared, report: Report) -> None:
-    seen_done = seen_quarantined = 0
-    pending: set[Future[None]] = set(futures)
-    while pending:
-        finished, pending = wait(pending, timeout=0.2, return_when=FIRST_EXCEPTION)
-        done, quarantined = shared.done.value, shared.quarantined.value
-        report(done - seen_done, quarantined - seen_quarantined)
-        seen_done, seen_quarantined = done, quarantined
-        for future in finished:
-            future.result()

@@ -124,7 +124,7 @@ def main() -> None:
         compose_images(root / "images", train_per_scan=1, val_per_scan=1, seed=0)
         shards = root / "shards"
         command("-m", "shards", "pack", "--source", root / "images/val", "--output", shards, "--rows-per-shard", 128)
-        say("shards", of_files(shards))
+        say("shards", (path.read_bytes() for path in [*sorted(shards.glob("*.tar")), shards / "index.npz"]))
         batches(shards)
         torch.manual_seed(0)
         args = {"embed_dim": 64, "depth": 2, "num_heads": 2, "init_values": 0.5, "img_size": 48}

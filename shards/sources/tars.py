@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -144,13 +143,11 @@ def _class_items(
 
 
 def _walk(path: Path, start: int, end: int) -> Iterator[TarMember]:
-    descriptor = os.open(path, os.O_RDONLY)
     try:
-        yield from walk_members(lambda offset, size: os.pread(descriptor, size, offset), start=start, end=end)
+        with path.open("rb") as file:
+            yield from walk_members(file, start=start, end=end)
     except TarDamage as damage:
         raise UserError(f"{path}: {damage} (it has {path.stat().st_size} bytes). {_CUT}") from damage
-    finally:
-        os.close(descriptor)
 
 
 def _parts(name: str) -> list[str]:

@@ -16,7 +16,7 @@ from pipeline.augmentation import Augmentation
 from pipeline.loader import open_loader
 from pipeline.order import epoch_order
 from pipeline.readers import read_center_crops, read_teacher_crops
-from pipeline.source import ShardSource
+from shards.folder import ShardFolder
 from shards.format import INDEX_NAME, MANIFEST_NAME, load_manifest
 from shards.index import load_index, write_index
 from shards.pack import pack
@@ -102,7 +102,7 @@ def _take(folder, count, backend="cpu", **changes):
 
 
 def _key(folder, row):
-    with ShardSource(folder) as source:
+    with ShardFolder(folder) as source:
         return source.key(row)
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 from common.errors import UserError
 from pipeline.augmentation import Augmentation
 from pipeline.loader import open_loader
-from pipeline.source import ShardSource
+from shards.folder import ShardFolder
 from shards.format import INDEX_NAME, MANIFEST_NAME
 from shards.pack import pack
 
@@ -38,39 +38,38 @@ def test_a_cut_tar_is_refused_at_the_call(shards):
     tar = shards / "shard-000001.tar"
     tar.write_bytes(tar.read_bytes()[:-512])
     with pytest.raises(UserError, match=r"shard-000001\.tar: \d+ bytes, the manifest says \d+"):
-        ShardSource(shards)
+        ShardFolder(shards)
 
 
 def test_a_missing_tar_is_refused_at_the_call(shards):
     (shards / "shard-000000.tar").unlink()
     with pytest.raises(UserError, match=r"shard-000000\.tar: missing"):
-        ShardSource(shards)
+        ShardFolder(shards)
 
 
 def test_a_tar_that_grew_after_opening_is_refused_when_it_is_read(shards):
-    with ShardSource(shards) as source:
+    with ShardFolder(shards) as source:
         with (shards / "shard-000000.tar").open("ab") as tar:
             tar.write(b"\0" * 512)
         with pytest.raises(UserError, match=r"shard-000000\.tar: .* The shard was changed since packing"):
             source.jpeg(0)
 
 
-@pytest.mark.parametrize("access", ["mmap", "pread"])
-def test_a_changed_byte_is_found_when_its_row_is_first_read(shards, access):
-    with ShardSource(shards) as source:
+def test_a_changed_byte_is_found_when_its_row_is_first_read(shards):
+    with ShardFolder(shards) as source:
         key, offset = source.key(7), int(source.index.offset[7])
     tar = shards / "shard-000001.tar"
     content = bytearray(tar.read_bytes())
     content[offset + 100] ^= 1
     tar.write_bytes(bytes(content))
-    with ShardSource(shards, access=access) as source:
+    with ShardFolder(shards) as source:
         source.jpeg(6)
         with pytest.raises(UserError, match=rf"row 7 \(key {key}\): the JPEG's crc32c is"):
             source.jpeg(7)
 
 
 def test_a_changed_shard_is_refused_even_where_bad_samples_are_skipped(shards):
-    with ShardSource(shards) as source:
+    with ShardFolder(shards) as source:
         offset = int(source.index.offset[3])
     tar = shards / "shard-000000.tar"
     content = bytearray(tar.read_bytes())
@@ -91,13 +90,13 @@ def test_a_changed_index_is_refused(shards):
     content[len(content) // 2] ^= 1
     path.write_bytes(bytes(content))
     with pytest.raises(UserError, match=r"index\.npz: sha256"):
-        ShardSource(shards)
+        ShardFolder(shards)
 
 
 def test_a_folder_without_a_manifest_is_refused(shards):
     (shards / MANIFEST_NAME).unlink()
     with pytest.raises(UserError, match=r"manifest\.json"):
-        ShardSource(shards)
+        ShardFolder(shards)
 
 
 def test_a_resumed_run_refuses_shards_that_were_packed_anew(shards, packed, tmp_path):

@@ -21,7 +21,7 @@ import simplejpeg
 from common.errors import UserError
 from shards.__main__ import main
 from shards.format import WORK_FOLDER, load_manifest
-from shards.lock import hold_as_worker, only_packer
+from shards.lock import only_packer
 from shards.pack import pack
 from shards.sources.recognise import SourceOptions
 
@@ -55,14 +55,14 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, shards: int, error: BaseExceptio
     """Make packing fail when it comes to that shard."""
     import shards.workers as workers
 
-    real = workers.write_shard
+    real = workers.finish_shard
 
-    def limited(number: int, *arguments: Any) -> None:
-        if number == shards:
+    def limited(job: Any, check_stop: Any) -> Any:
+        if job.number == shards:
             raise error
-        real(number, *arguments)
+        return real(job, check_stop)
 
-    monkeypatch.setattr(workers, "write_shard", limited)
+    monkeypatch.setattr(workers, "finish_shard", limited)
 
 
 def assert_unfinished_then_whole(source: Path, output: Path, tmp_path: Path) -> None:
@@ -156,21 +156,21 @@ def test_an_unreadable_file_stops_packing_unless_it_is_to_be_skipped(
 def test_a_source_that_changes_while_it_is_packed_is_named(
     source: Path, output: Path, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
-    import shards.workers as workers
+    import shards.pack as packing
 
     changed = source / "class1" / "00001.jpg"
-    real = workers.Listing
+    real = packing.finish_shards
 
-    def listed_then_changed(folder: Path) -> Any:
+    def listed_then_changed(*arguments: Any) -> Any:
         if change == "size":
             changed.write_bytes(changed.read_bytes() + b"x")
         elif change == "mtime":
             os.utime(changed, (1, 1))
         else:
             changed.unlink()
-        return real(folder)
+        return real(*arguments)
 
-    monkeypatch.setattr(workers, "Listing", listed_then_changed)
+    monkeypatch.setattr(packing, "finish_shards", listed_then_changed)
     expected = "cannot be read" if change == "removed" else "changed while it was packed"
     with pytest.raises(UserError, match=f"00001.jpg: {expected}"):
         run(source, output)
@@ -179,17 +179,17 @@ def test_a_source_that_changes_while_it_is_packed_is_named(
 def test_a_tar_that_changes_while_it_is_packed_is_named(
     source: Path, output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import shards.workers as workers
+    import shards.pack as packing
 
     tar = tmp_path / "all.tar"
     subprocess.run(["tar", "cf", tar, "-C", source, "class0", "class1"], check=True)
-    real = workers.Listing
+    real = packing.finish_shards
 
-    def listed_then_touched(folder: Path) -> Any:
+    def listed_then_touched(*arguments: Any) -> Any:
         os.utime(tar, (1, 1))
-        return real(folder)
+        return real(*arguments)
 
-    monkeypatch.setattr(workers, "Listing", listed_then_touched)
+    monkeypatch.setattr(packing, "finish_shards", listed_then_touched)
     with pytest.raises(UserError, match=r"all.tar: changed while it was packed"):
         run(tar, output)
     assert not list(output.glob("*.tar"))
@@ -253,25 +253,26 @@ def test_a_second_packer_on_one_output_is_refused_while_the_first_works(source: 
     output.mkdir()
     with only_packer(output / WORK_FOLDER), pytest.raises(UserError) as refused:
         run(source, output)
-    assert f"another packer (process {os.getpid()}) is at work there" in str(refused.value)
+    assert "another packer is at work there" in str(refused.value)
     assert run(source, output).num_rows == 30
 
 
 def test_a_packer_waits_for_the_workers_of_a_killed_one(source: Path, output: Path) -> None:
     (output / WORK_FOLDER).mkdir(parents=True)
-    orphan = hold_as_worker(output / WORK_FOLDER)
-    released = []
-
-    def end_orphan() -> None:
+    orphan = "import sys, time; from pathlib import Path; from shards.lock import hold_as_worker\n"
+    orphan += "with hold_as_worker(Path(sys.argv[1])): print('held', flush=True); input(); print('ended', flush=True)"
+    command = [sys.executable, "-c", orphan, output / WORK_FOLDER]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None and process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        packing = threading.Thread(target=run, args=(source, output))
+        packing.start()
         time.sleep(0.3)
-        released.append(time.monotonic())
-        os.close(orphan)
-
-    thread = threading.Thread(target=end_orphan)
-    thread.start()
-    run(source, output)
-    assert released and released[0] < time.monotonic()
-    thread.join()
+        assert not list(output.glob("*.tar"))
+        process.stdin.write("\n")
+        process.stdin.flush()
+        packing.join()
+    assert load_manifest(output).num_rows == 30
 
 
 def test_a_worker_that_dies_stops_packing_with_a_clear_error(
@@ -279,15 +280,14 @@ def test_a_worker_that_dies_stops_packing_with_a_clear_error(
 ) -> None:
     import shards.workers as workers
 
-    def watch_and_kill(futures: Any, shared: Any, report: Any) -> None:
-        while shared.done.value == 0:
-            time.sleep(0.01)
+    real = workers._report_finished
+
+    def kill_and_report(pending: Any, report: Any) -> Any:
         for child in workers.multiprocessing.active_children():
             os.kill(child.pid or 0, signal.SIGKILL)
-        for future in futures:
-            future.result()
+        return real(pending, report)
 
-    monkeypatch.setattr(workers, "_watch", watch_and_kill)
+    monkeypatch.setattr(workers, "_report_finished", kill_and_report)
     for number in range(400):  # enough that the workers are still at it
         path = source / "class0" / f"more{number}.jpg"
         path.write_bytes((source / "class0" / "00000.jpg").read_bytes())

@@ -10,7 +10,7 @@ from pipeline.augmentation import Augmentation
 from pipeline.backend import open_backend
 from pipeline.crops import BackendOptions, CropRequest
 from pipeline.plan import crop_plan
-from pipeline.source import ShardSource
+from shards.folder import ShardFolder
 from shards.pack import pack
 
 # Height and width: landscape, portrait, square, thin, large, and smaller than a crop.
@@ -32,7 +32,7 @@ def shards(tmp_path_factory):
 
 @pytest.fixture
 def source(shards):
-    with ShardSource(shards) as opened:
+    with ShardFolder(shards) as opened:
         yield opened
 
 

@@ -12,9 +12,9 @@ from pipeline.cpu_crops import CpuCrops
 from pipeline.cpu_crops import distort as cpu_distort
 from pipeline.crops import BackendOptions, center_work, training_work
 from pipeline.plan import CropPlan, crop_plan
-from pipeline.source import ShardSource
 from pipeline.torch_crops import chunks, cubic_taps, resample, taps_needed
 from pipeline.torch_crops import distort as torch_distort
+from shards.folder import ShardFolder
 
 # Units of 1/255. Torch computes what DALI computes in another order of float32 sums: a sum that lies at a
 # rounding edge differs by one, and each of the three later stages (colour gain up to 1.96, blur, solarize) can
@@ -73,7 +73,7 @@ def test_odd_images_are_cropped_as_dali_crops_them(odd_shards, make_crops, other
     pytest.importorskip("nvidia.dali", reason="needs DALI: pip install nvidia-dali-cuda130")
     a = preset("dino")
     work = training_work(a, teacher_crops=True)
-    with ShardSource(odd_shards) as odd:
+    with ShardFolder(odd_shards) as odd:
         rows = np.arange(len(odd))
         assert len(rows) == 10
         theirs = make_crops("dali", rows, work, augmentation=a, source=odd)

@@ -248,7 +248,6 @@ def test_a_state_of_another_version_is_refused(shards):
         ({"policy": "ignore"}, "'ignore' is unknown"),
         ({"skip_budget": 2.0}, r"skip budget 2\.0"),
         ({"order_window": 0}, "window 0"),
-        ({"access": "magic"}, "'magic' is unknown"),
     ],
 )
 def test_a_setting_out_of_its_range_is_refused_at_the_call(shards, change, message):

@@ -1,6 +1,5 @@
-"""Reading by row: mapped or copied, with few descriptors, on file systems that cannot map, with advice ahead."""
+"""Reading by row: with few descriptors, where disks fail, with advice ahead."""
 
-import mmap
 import os
 
 import numpy as np
@@ -8,20 +7,19 @@ import pytest
 
 from common.errors import UserError
 from pipeline.readahead import Readahead
-from pipeline.source import ShardSource
+from shards.folder import ShardFolder
 
 ROWS = 48
 
 
-@pytest.mark.parametrize("access", ["auto", "mmap", "pread"])
-def test_every_row_is_the_packed_jpeg(shards, access):
-    with ShardSource(shards, access=access) as source:
+def test_every_row_is_the_packed_jpeg(shards):
+    with ShardFolder(shards) as source:
         assert len(source) == ROWS
         for row in range(ROWS):
             tar = shards / source.manifest.shards[source.index.shard[row]].name
             offset, size = int(source.index.offset[row]), int(source.index.size[row])
-            jpeg = source.jpeg(row)
-            assert jpeg.tobytes() == tar.read_bytes()[offset : offset + size]
+            (jpeg,) = source.jpegs([row])
+            assert jpeg.tobytes() == source.jpeg(row) == tar.read_bytes()[offset : offset + size]
             assert not jpeg.flags.writeable
             assert jpeg[:2].tobytes() == b"\xff\xd8"
 
@@ -44,21 +42,9 @@ def test_sizes_are_height_and_width(source):
     assert source.sizes(rows).dtype == np.int64
 
 
-def test_views_stay_valid_after_their_shard_was_let_go(shards):
-    with ShardSource(shards) as source:
-        source._max_open = 1
-        first = source.jpeg(0)
-        packed = first.tobytes()
-        for row in range(0, ROWS, 5):
-            source.jpeg(row)
-            assert len(source._open) == 1
-    assert first.tobytes() == packed
-
-
-@pytest.mark.parametrize("access", ["mmap", "pread"])
-def test_descriptors_stay_within_the_limit_and_are_closed(shards, access):
+def test_descriptors_stay_within_the_limit_and_are_closed(shards):
     before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
-    source = ShardSource(shards, access=access)
+    source = ShardFolder(shards)
     source._max_open = 2
     for row in np.random.default_rng(0).permutation(ROWS):
         source.jpeg(int(row))
@@ -67,45 +53,23 @@ def test_descriptors_stay_within_the_limit_and_are_closed(shards, access):
     assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
 
 
-@pytest.fixture
-def unmappable(monkeypatch):
-    def refuse(*_arguments, **_keywords):
-        raise OSError(19, "No such device")
-
-    monkeypatch.setattr(mmap, "mmap", refuse)
-
-
-def test_a_mount_that_cannot_map_is_read_by_pread_and_said_once(shards, unmappable, caplog):
-    with ShardSource(shards) as source:
-        jpegs = source.jpegs([0, 20, 40])
-    with ShardSource(shards, access="pread") as plain:
-        assert [j.tobytes() for j in jpegs] == [plain.jpeg(r).tobytes() for r in (0, 20, 40)]
-    assert caplog.text.count("cannot be memory-mapped") == 1
-    assert "reading by pread" in caplog.text
-
-
-def test_mmap_asked_for_on_a_mount_that_cannot_map_is_an_error(shards, unmappable):
-    with ShardSource(shards, access="mmap") as source, pytest.raises(UserError, match="Choose access pread"):
-        source.jpeg(0)
-
-
 def test_a_tar_cut_while_it_is_read_is_named(shards, monkeypatch):
     real = os.pread
-    with ShardSource(shards, access="pread") as source:
+    with ShardFolder(shards) as source:
         monkeypatch.setattr(os, "pread", lambda descriptor, size, offset: real(descriptor, size, offset)[:-1])
         with pytest.raises(UserError, match=r"shard-000000\.tar: \d+ bytes at offset \d+, the index says"):
             source.jpeg(0)
 
 
 def test_a_shard_that_went_away_after_opening_is_named(shards, monkeypatch):
-    with ShardSource(shards) as source:
+    with ShardFolder(shards) as source:
         monkeypatch.setattr(os, "open", _failing(116, "Stale file handle"))
         with pytest.raises(UserError, match=r"shard-000001\.tar: cannot be opened any more \(Stale file handle\)"):
             source.jpeg(25)
 
 
 def test_a_read_that_fails_is_named(shards, monkeypatch):
-    with ShardSource(shards, access="pread") as source:
+    with ShardFolder(shards) as source:
         monkeypatch.setattr(os, "pread", _failing(5, "Input/output error"))
         with pytest.raises(UserError, match=r"shard-000000\.tar: \d+ bytes at offset \d+ cannot be read \(Input"):
             source.jpeg(0)
@@ -135,7 +99,7 @@ def test_advice_is_given_for_the_bytes_of_each_row(source, advised):
     source.advise(np.array([3, 25, 4]))
     index = source.index
     expected = {
-        (str((source.folder / f"shard-{index.shard[r]:06d}.tar").resolve()), index.offset[r], index.size[r])
+        (str((source.path / f"shard-{index.shard[r]:06d}.tar").resolve()), index.offset[r], index.size[r])
         for r in (3, 4, 25)
     }
     assert set(advised) == expected
@@ -148,7 +112,7 @@ def test_advice_that_is_refused_changes_nothing(source, monkeypatch):
 
     monkeypatch.setattr(os, "posix_fadvise", refuse)
     source.advise(np.array([0, 1]))
-    assert source.jpeg(0)[:2].tobytes() == b"\xff\xd8"
+    assert source.jpeg(0)[:2] == b"\xff\xd8"
 
 
 class _Recorder:
@@ -194,7 +158,7 @@ def test_a_loader_asks_for_rows_ahead(shards, advised, small):
         shards, device="cpu", backend="cpu", global_batch_size=8, seed=0, augmentation=small, num_threads=1
     ) as loader:
         batch = next(loader)
-    with ShardSource(shards) as source:
+    with ShardFolder(shards) as source:
         index = source.index
         asked = {offset for _, offset, _ in advised}
         assert {int(index.offset[r]) for r in batch.rows} <= asked

@@ -136,7 +136,6 @@ def _verbatim_files() -> dict[str, OddFile]:
         "5000x1": OddFile(jpeg(photo(1, 5000)), "verbatim"),
         "12000_wide": OddFile(jpeg(photo(24, 12000)), "verbatim"),
         "quality_100": OddFile(jpeg(image, 100, "444"), "verbatim"),
-        "without_end_mark": OddFile(base[:-2], "verbatim", flags=flags.EOI_ADDED),
     }
 
 
@@ -156,26 +155,7 @@ def _reencoded_files() -> dict[str, OddFile]:
     palette = pil.convert("P", palette=Image.Palette.ADAPTIVE, colors=64)
     # A photograph of 72 Mpx, over the limit: halved.
     huge = simplejpeg.encode_jpeg(np.full((6000, 12000, 1), 90, np.uint8), colorspace="GRAY", colorsubsampling="Gray")
-    base, harmless = jpeg(image), "JPEG with a harmless fault"
-    scan = base.index(b"\xff\xda")
-    mended = {
-        "stray_bytes_before_scan": base[:scan] + bytes(5) + base[scan:],
-        "stray_bytes_after_start": base[:2] + b"\r\nx" + base[2:],
-        "unknown_jfif_revision": base.replace(b"JFIF\0\1\1", b"JFIF\0\0\0"),
-        "padding_before_end_mark": base[:-2] + bytes(50) + base[-2:],
-        "stray_bytes_and_no_end_mark": base[:scan] + b"stray" + base[scan:-2],
-    }
     files = {
-        name: OddFile(
-            data,
-            "re-encoded",
-            harmless,
-            RowFlag.MENDED | (RowFlag.EOI_ADDED if "no_end" in name else RowFlag(0)),
-            simplejpeg.decode_jpeg(base),
-            lossless=True,
-        )
-        for name, data in mended.items()
-    } | {
         f"orientation_{number}": OddFile(
             with_orientation(jpeg(image, 98, "444"), number),
             "re-encoded",
@@ -249,8 +229,13 @@ def _rejected_files() -> dict[str, OddFile]:
     image = photo(40, 56)
     base, large, png = jpeg(image), jpeg(photo(120, 160)), saved(Image.fromarray(image), "PNG")
     progressive = saved(Image.fromarray(image), "JPEG", progressive=True)
-    frame = base.index(b"\xff\xc0")
+    frame, scan = base.index(b"\xff\xc0"), base.index(b"\xff\xda")
     reasons = {
+        "stray_bytes_before_scan": (base[:scan] + bytes(5) + base[scan:], "extraneous bytes"),
+        "stray_bytes_after_start": (base[:2] + b"\r\nx" + base[2:], "extraneous bytes"),
+        "unknown_jfif_revision": (base.replace(b"JFIF\0\1\1", b"JFIF\0\0\0"), "JFIF"),
+        "padding_before_end_mark": (base[:-2] + bytes(50) + base[-2:], "extraneous bytes"),
+        "without_end_mark": (base[:-2], "Premature end of JPEG file"),
         "empty": (b"", "empty file"),
         "half": (large[: len(large) // 2], "Premature end of JPEG file"),
         "scan_cut_by_one_block": (base[:-60] + b"\xff\xd9", "Corrupt JPEG data: premature end"),

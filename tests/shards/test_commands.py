@@ -13,8 +13,9 @@ import pytest
 from PIL import Image
 
 from shards.__main__ import main
+from shards.folder import ShardFolder
 from shards.index import load_index
-from shards.inspection import ShardFolder
+from shards.inspection import find_row
 
 
 @pytest.fixture(scope="module")
@@ -77,8 +78,8 @@ def test_inspect_finds_a_row_by_number_key_and_name_and_writes_its_image(
     folder = ShardFolder(shards)
     name, data = sorted(packed[1].items())[4]
     key = name.split("/")[1].removesuffix(".JPEG")
-    row = folder.find(name)
-    assert folder.find(key) == folder.find(str(row)) == row
+    row = find_row(folder, name)
+    assert find_row(folder, key) == find_row(folder, str(row)) == row
     for wanted in (str(row), key, name):
         image = tmp_path / "x.jpg"
         assert main(["inspect", str(shards), wanted, "--output", str(image)]) == 0

@@ -185,13 +185,21 @@ def test_a_shard_that_may_not_be_read_is_a_fault_of_that_shard(
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
         return real(path, *arguments, **options)
 
+    real_open = os.open
+
+    def refusing_descriptor(path: Any, *arguments: Any) -> int:
+        if str(path).endswith("shard-000000.tar"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real_open(path, *arguments)
+
     monkeypatch.setattr(Path, "open", refusing)
+    monkeypatch.setattr(os, "open", refusing_descriptor)
     assert [str(fault) for fault in verify(tmp_path / "out", workers=1, progress=False)] == [
         "classes.json: cannot be read: Permission denied",
         "shard-000000.tar: cannot be read: Permission denied",
     ]
     assert main(["inspect", str(tmp_path / "out"), "0"]) == 2
-    assert "shard-000000.tar: Permission denied. Check the path and its permissions." in capsys.readouterr().err
+    assert "shard-000000.tar: cannot be opened any more (Permission denied)." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

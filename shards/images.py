@@ -15,7 +15,7 @@ class SourceUnreadable(UserError):
 
 
 class ImageReader:
-    """Reads items of a source; keeps each tar open. One a process."""
+    """Reads items of a source; keeps each tar open."""
 
     def __init__(self, containers: Sequence[Container]) -> None:
         """Open nothing yet."""
@@ -59,7 +59,10 @@ class ImageReader:
             if (status.st_size, status.st_mtime_ns) != (container.size, container.mtime_ns):
                 raise _changed(Path(container.path), container.size, status.st_size)
 
-    def close(self) -> None:
+    def __enter__(self) -> ImageReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         """Close the tars."""
         for descriptor in self._descriptors.values():
             os.close(descriptor)

@@ -91,9 +91,9 @@ bench: setup ## Measure data path, cache and kernel on this machine; rows go to 
 	$(PY) -m benchmarks.bench_cache $(ARGS)
 	$(PY) -m benchmarks.bench_spd $(ARGS)
 
-bench-gpu: setup ## The same on a GPU, each figure beside its floor; backend=auto then goes by the kernel's rows
+bench-gpu: setup ## The same on a GPU, each figure beside its floor
 	@$(PY) -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "bench-gpu: torch sees no CUDA device")'
-	$(PY) -m benchmarks.bench_spd --device cuda --write_choice
+	$(PY) -m benchmarks.bench_spd --device cuda
 	$(PY) -m benchmarks.spd_accuracy --device cuda
 	$(PY) -m benchmarks.bench_data --only gpu
 	$(PY) -m benchmarks.bench_cache

@@ -6,7 +6,7 @@ medians. The floor is the time of the least traffic and arithmetic at the copy b
 measured in the same run. On CUDA times are between events, and the paths that a graph can hold are measured from a
 graph too ("_graph"): the difference is the launches. A shape whose paths are slow gets fewer rounds.
 
-    python -m benchmarks.bench_spd [--quick] [--device cpu|cuda] [--write_choice]
+    python -m benchmarks.bench_spd [--quick] [--device cpu|cuda]
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import csv
 import functools
-import json
 import math
 import platform
 import random
@@ -29,19 +28,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from kernels.spd import choice, log_euclidean_loss, spd_logm, token_spd, triton_launch
-from kernels.spd.eigh import plain_eigh_loss
+from benchmarks import cusolver
+from benchmarks.synthetic_tokens import synthetic_tokens
+from kernels.spd import log_euclidean_loss, spd_logm, token_spd
+from kernels.spd.device import full_fp32, fused
+from kernels.spd.eigh import JACOBI_LIMIT, batched_eigh, plain_eigh_loss
 from kernels.spd.poles import rational_log
-from kernels.spd.precision import full_fp32
 from kernels.spd.resolvent import cholesky_loss
-from kernels.spd.solver import batched_eigh, solver_for
-from kernels.spd.synthetic_tokens import synthetic_tokens
 
 RESULTS = Path(__file__).parent / "results" / "spd.csv"
 CHANNELS = 384
 EPS = 1.0
 BASELINE = "eigh_loewner"
-CHOICE_BATCH = 128
 ROUNDS = {"cuda": 30, "cpu": 7}
 LEAST_ROUNDS = 5
 SECONDS_OF_ROUNDS = {"cuda": 15.0, "cpu": math.inf}
@@ -95,6 +93,23 @@ class Rates:
     fp16: float | None
 
 
+LOOP_FREE_UP_TO = 32
+"""torch 2.11 and older solve larger CUDA matrices one by one (github.com/pytorch/pytorch/issues/174674)."""
+
+
+def solver_for(matrices: Tensor) -> str:
+    """Who solves [b, n, n] matrices: "torch", "cusolver" (called directly), or "torch, one by one"."""
+    old = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) <= (2, 11)
+    if not (old and matrices.device.type == "cuda" and matrices.shape[-1] > LOOP_FREE_UP_TO):
+        return "torch"
+    return "torch, one by one" if cusolver.load_library() is None else "cusolver"
+
+
+def solve(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and vectors by a batched solver wherever there is one: a loop would be no baseline."""
+    return cusolver.batched_eigh(matrices) if solver_for(matrices) == "cusolver" else batched_eigh(matrices)
+
+
 class _PlainLoss(torch.autograd.Function):
     """A loss [b] whose gradient in the matrices came with it."""
 
@@ -125,7 +140,7 @@ def autograd_eigh(tokens: Tensor, target: Tensor) -> Tensor:
 
 def eigh_loewner(tokens: Tensor, target: Tensor) -> Tensor:
     """The batched solver and torch's own products."""
-    return _whole(tokens, lambda matrices: plain_eigh_loss(*batched_eigh(matrices), target, True))
+    return _whole(tokens, lambda matrices: plain_eigh_loss(*solve(matrices), target, True))
 
 
 def resolvent_cholesky(tokens: Tensor, target: Tensor) -> Tensor:
@@ -142,7 +157,7 @@ def public(backend: Literal["eigh", "resolvent"]) -> Path_:
 def solver_only(tokens: Tensor, target: Tensor) -> Tensor:
     """The batched eigendecomposition alone, as a bound on every path that diagonalises."""
     with torch.no_grad():
-        batched_eigh(token_spd(tokens, eps=EPS))
+        solve(token_spd(tokens, eps=EPS))
     return torch.zeros((), device=tokens.device)
 
 
@@ -154,7 +169,7 @@ def paths_for(device: torch.device) -> dict[str, Path_]:
         "resolvent_cholesky": resolvent_cholesky,
         "solver_only": solver_only,
     }
-    if triton_launch.spectral_fits(torch.empty(1, 1, 1, device=device)):
+    if fused(torch.empty(1, 1, 1, device=device)):
         paths["eigh_fused"] = public("eigh")
         paths["resolvent"] = public("resolvent")
     return paths
@@ -280,7 +295,7 @@ def warmed_up(device: torch.device, tokens: Tensor, target: Tensor) -> dict[str,
             if timed(path, tokens, target) > 1e3 and attempt:  # the first may have compiled
                 break
     if device.type == "cuda" and "resolvent" in paths:
-        in_one_launch = tokens.shape[1] <= triton_launch.JACOBI_LIMIT
+        in_one_launch = tokens.shape[1] <= JACOBI_LIMIT
         for name in ("resolvent", "eigh_fused") if in_one_launch else ("resolvent",):
             paths[f"{name}_graph"] = replayed(paths[name], tokens, target)
             timed(paths[f"{name}_graph"], tokens, target)
@@ -347,26 +362,11 @@ def append(path: Path, rows: Sequence[Any]) -> None:
         writer.writerows(asdict(row) for row in rows)
 
 
-def write_choice(rows: list[Row]) -> None:
-    """Keeps for "auto" the figures of this device at the usual batch; rows of other devices stay."""
-    device = rows[0].device
-    known = [row for row in choice.load_measurements() if row.device != device]
-    found = {(row.path, row.n): row for row in rows if row.batch == CHOICE_BATCH}
-    ours = ("eigh_fused", "resolvent") if device == "cuda" else (BASELINE, "resolvent_cholesky")
-    for n in sorted({row.n for row in rows}):
-        eigh, resolvent = (found[path, n] for path in ours)
-        ratio = float(f"{resolvent.speedup / eigh.speedup:.3g}")
-        known.append(choice.Measurement(device, eigh.hardware, n, eigh.milliseconds, ratio))
-    lines = ",\n".join(json.dumps(asdict(row)) for row in known)
-    choice.MEASURED_PATH.write_text(f"[\n{lines}\n]\n")
-
-
 def main() -> None:
     """Measure, print, and append to the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two small shapes, printed and not kept")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--write_choice", action="store_true", help="let backend='auto' use these figures")
     arguments = parser.parse_args()
     device = torch.device(arguments.device, 0) if arguments.device == "cuda" else torch.device("cpu")
     if solver_for(torch.empty(1, 196, 196, device=device)) == "torch, one by one":
@@ -376,7 +376,6 @@ def main() -> None:
     if arguments.quick:
         shapes, rounds = [(8, 36), (8, 64)], 3
     print(f"{'path':20}{'B':>5}{'n':>5}{'ms':>10}{'spread':>8}{'speed-up':>10}{'floor ms':>10}   {device}")
-    kept: list[Row] = []
     for batch, n in shapes:
         rows = measure(device, batch, n, rounds)
         for row in rows:
@@ -385,11 +384,8 @@ def main() -> None:
                 f"{row.speedup:10.3g}{row.floor_ms:10.3g}",
                 flush=True,
             )
-        kept += rows
         if not arguments.quick:
             append(RESULTS, rows)
-    if arguments.write_choice and not arguments.quick:
-        write_choice(kept)
 
 
 if __name__ == "__main__":

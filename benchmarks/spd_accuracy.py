@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.bench_spd import CHANNELS, append
+from benchmarks.synthetic_tokens import REGIMES, synthetic_tokens
 from kernels.spd import spd_logm, token_spd
 from kernels.spd.reference import reference_logm, reference_loss_and_gradient
-from kernels.spd.synthetic_tokens import REGIMES, synthetic_tokens
 
 RESULTS = Path(__file__).parent / "results" / "spd_accuracy.csv"
 BACKENDS: tuple[Literal["eigh", "resolvent"], ...] = ("eigh", "resolvent")

@@ -2,15 +2,39 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 
 import torch
 from torch import Tensor
 
-from kernels.spd import triton_launch
-from kernels.spd.solver import batched_eigh
+from kernels.spd.device import fused
+
+JACOBI_LIMIT = 64
+"""Largest n whose eigendecomposition, logarithm and gradient are one launch."""
 
 logger = logging.getLogger(__name__)
+
+
+@functools.cache
+def _warn_if_torch_loops(version: str) -> None:
+    major, minor = (int(part) for part in version.split("+")[0].split(".")[:2])
+    if (major, minor) <= (2, 11):  # github.com/pytorch/pytorch/issues/174674
+        logger.warning(
+            "torch %s solves CUDA matrices above n = 32 one by one: install torch >= 2.12, or use backend='resolvent'",
+            version,
+        )
+
+
+def batched_eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues [b, n] ascending and vectors [b, n, n] of symmetric fp32 or fp64 matrices on any device.
+
+    Raises torch.linalg.LinAlgError where LAPACK does. On CUDA the host waits.
+    """
+    if matrices.device.type == "cuda":
+        _warn_if_torch_loops(torch.__version__)
+    values, vectors = torch.linalg.eigh(matrices)
+    return values, vectors
 
 
 def loewner_matrix(eigenvalues: Tensor) -> Tensor:
@@ -43,35 +67,47 @@ def _decompose(matrices: Tensor) -> tuple[Tensor, Tensor]:
 
 def eigh_logm(matrices: Tensor) -> Tensor:
     """Matrix logarithm, [b, n, n] -> [b, n, n]."""
-    if triton_launch.jacobi_fits(matrices):
-        return triton_launch.jacobi(matrices, None, "log")[1]
+    if fused(matrices, JACOBI_LIMIT):
+        from kernels.spd.triton_jacobi import jacobi
+
+        return jacobi(matrices, None, "log")[1]
     eigenvalues, vectors = _decompose(matrices)
-    if triton_launch.spectral_fits(matrices):
-        return triton_launch.log_map(eigenvalues, vectors, None, write=True)[1]
+    if fused(matrices):
+        from kernels.spd.triton_spectral import log_map
+
+        return log_map(eigenvalues, vectors, None, write=True)[1]
     return _log_map(eigenvalues, vectors)
 
 
 def eigh_logm_backward(matrices: Tensor, grad: Tensor) -> Tensor:
     """Gradient in A of sum(grad * log A), all [b, n, n]."""
     symmetric = 0.5 * (grad + grad.mT)
-    if triton_launch.jacobi_fits(matrices):
-        return triton_launch.jacobi(matrices, symmetric, "pullback")[1]
+    if fused(matrices, JACOBI_LIMIT):
+        from kernels.spd.triton_jacobi import jacobi
+
+        return jacobi(matrices, symmetric, "pullback")[1]
     eigenvalues, vectors = _decompose(matrices)
-    if triton_launch.spectral_fits(matrices):
-        return triton_launch.spectral_gradient(eigenvalues, vectors, symmetric)
+    if fused(matrices):
+        from kernels.spd.triton_spectral import spectral_gradient
+
+        return spectral_gradient(eigenvalues, vectors, symmetric)
     return _spectral_gradient(eigenvalues, vectors, symmetric)
 
 
 def eigh_loss(matrices: Tensor, target: Tensor, with_grad: bool) -> tuple[Tensor, Tensor]:
     """||log A - T||_F^2 of each matrix, [b], and its gradient in A, [b, n, n] (or [0] if not wanted)."""
-    if triton_launch.jacobi_fits(matrices):
-        return triton_launch.jacobi(matrices, target, "loss_and_gradient" if with_grad else "loss")
+    if fused(matrices, JACOBI_LIMIT):
+        from kernels.spd.triton_jacobi import jacobi
+
+        return jacobi(matrices, target, "loss_and_gradient" if with_grad else "loss")
     eigenvalues, vectors = _decompose(matrices)
-    if triton_launch.spectral_fits(matrices):
-        distance, upstream = triton_launch.log_map(eigenvalues, vectors, target, write=with_grad)
+    if fused(matrices):
+        from kernels.spd.triton_spectral import log_map, spectral_gradient
+
+        distance, upstream = log_map(eigenvalues, vectors, target, write=with_grad)
         if not with_grad:
             return distance, upstream
-        return distance, triton_launch.spectral_gradient(eigenvalues, vectors, upstream)
+        return distance, spectral_gradient(eigenvalues, vectors, upstream)
     return plain_eigh_loss(eigenvalues, vectors, target, with_grad)
 
 

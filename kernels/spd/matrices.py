@@ -35,7 +35,8 @@ def _check_tokens(tokens: Tensor) -> None:
         )
 
 
-def _check_eps(eps: float) -> None:
+def check_eps(eps: float) -> None:
+    """Raise ValueError for an eps that is no lower end of a spectrum."""
     if not 0 < eps < math.inf:  # comparisons, which the compiler traces where eps changes between calls
         raise ValueError(
             f"eps: the lower end of the spectrum must be a positive finite number, got {eps}. "
@@ -55,7 +56,7 @@ def token_spd(tokens: Float[Tensor, "b n d"], *, eps: float = 1.0) -> Float[Tens
     Raises ValueError for another rank, an empty tensor, integers, or `eps` that is not positive.
     """
     _check_tokens(tokens)
-    _check_eps(eps)
+    check_eps(eps)
     with torch.autocast(tokens.device.type, enabled=False):
         unit = _unit_tokens(tokens)
         return _plus_eps(unit @ unit.mT, eps)
@@ -68,7 +69,7 @@ def channel_spd(tokens: Float[Tensor, "b n d"], *, eps: float = 1.0) -> Float[Te
     fused kernels). Dtypes and errors as in `token_spd`.
     """
     _check_tokens(tokens)
-    _check_eps(eps)
+    check_eps(eps)
     with torch.autocast(tokens.device.type, enabled=False):
         unit = _unit_tokens(tokens)
         num_tokens, num_channels = unit.shape[-2:]

@@ -13,7 +13,8 @@ import logging
 import torch
 from torch import Tensor
 
-from kernels.spd import triton_launch
+from kernels.spd.device import MIN_CAPABILITY, fused
+from kernels.spd.matrices import MAX_TOKENS
 from kernels.spd.poles import RationalLog, rational_log
 
 logger = logging.getLogger(__name__)
@@ -21,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 def _fused(matrices: Tensor) -> bool:
     """Whether the Triton kernel takes these matrices; on CUDA it is said once if not."""
-    fits = triton_launch.resolvent_fits(matrices)
+    fits = fused(matrices, MAX_TOKENS)
     if not fits and matrices.device.type != "cpu":
         _say_fallback(str(matrices.dtype), matrices.shape[-1])
     return fits
@@ -35,8 +36,8 @@ def _say_fallback(dtype: str, n: int) -> None:
         dtype,
         n,
         n,
-        triton_launch.RESOLVENT_LIMIT,
-        triton_launch.MIN_CAPABILITY,
+        MAX_TOKENS,
+        MIN_CAPABILITY,
     )
 
 
@@ -44,7 +45,9 @@ def resolvent_logm(matrices: Tensor, eps: float) -> Tensor:
     """f(A), [b, n, n] -> [b, n, n]."""
     rational = rational_log(eps, matrices.shape[-1])
     if _fused(matrices):
-        return triton_launch.resolvent_logm(matrices, rational)
+        from kernels.spd import triton_resolvent
+
+        return triton_resolvent.resolvent_logm(matrices, rational)
     return _weighted_log(scaled_resolvents(matrices, rational), rational)
 
 
@@ -53,7 +56,9 @@ def resolvent_logm_backward(matrices: Tensor, grad: Tensor, eps: float) -> Tenso
     rational = rational_log(eps, matrices.shape[-1])
     symmetric = 0.5 * (grad + grad.mT)
     if _fused(matrices):
-        return triton_launch.resolvent_logm_backward(matrices, symmetric, rational)
+        from kernels.spd import triton_resolvent
+
+        return triton_resolvent.resolvent_logm_backward(matrices, symmetric, rational)
     return _pullback(scaled_resolvents(matrices, rational), symmetric)
 
 
@@ -61,7 +66,9 @@ def resolvent_loss(matrices: Tensor, target: Tensor, eps: float, with_grad: bool
     """||f(A) - T||_F^2 of each matrix, [b], and its gradient in A, [b, n, n] (or [0] if not wanted)."""
     rational = rational_log(eps, matrices.shape[-1])
     if _fused(matrices):
-        return triton_launch.resolvent_loss(matrices, target, rational, with_grad)
+        from kernels.spd import triton_resolvent
+
+        return triton_resolvent.resolvent_loss(matrices, target, rational, with_grad)
     return cholesky_loss(matrices, target, rational, with_grad)
 
 

@@ -9,8 +9,20 @@ their operands through scratch that stays in the cache, because five unrolled pr
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from kernels.spd.triton_math import dot_fp32_cut, log_divided_difference
+
+JACOBI_SWEEPS = 15
+JACOBI_CONVERGED = 2.0**-44
+"""Squared share of the off-diagonal part at which sweeps end: (2^-22)^2, the rounding of fp32."""
+JACOBI_USABLE = 2.0**-32
+"""A matrix above this share after the last sweep gives NaN, not a wrong number."""
+
+
+def jacobi_options(size: int) -> dict[str, int]:
+    """Warps that hold a size x size matrix in registers, and a pipeline depth, that spill nothing."""
+    return {"num_warps": 4, "num_stages": 2} if size <= 32 else {"num_warps": 8, "num_stages": 1}
 
 
 @triton.jit
@@ -150,3 +162,33 @@ def jacobi_kernel(
         store_for_all(first + tile, inner)
         store_for_all(second + tile, product(basis, SIZE, 1, first, SIZE, 1, SIZE))
         tl.store(out + at, product(second, SIZE, 1, basis, 1, SIZE, SIZE), mask=inside)
+
+
+def jacobi(matrices: Tensor, given: Tensor | None, mode: str) -> tuple[Tensor, Tensor]:
+    """One launch of the eigendecomposition for n <= 64 with what follows it; (loss [b], out [b, n, n]).
+
+    mode "log": out = log A. "loss" and "loss_and_gradient": against `given`. "pullback": out = the gradient of
+    <given, log A>. What a mode does not give is empty.
+    """
+    batch, n, _ = matrices.shape
+    matrices = matrices.contiguous()
+    size = max(16, 1 << (n - 1).bit_length())
+    loss = matrices.new_empty(batch if mode.startswith("loss") else 0)
+    out = matrices.new_empty(0 if mode == "loss" else matrices.shape)
+    jacobi_kernel[(batch,)](
+        matrices,
+        matrices if given is None else given.contiguous(),
+        loss,
+        out,
+        matrices.new_empty(batch, 3, size, size),
+        n,
+        SIZE=size,
+        MAX_SWEEPS=JACOBI_SWEEPS,
+        CONVERGED=JACOBI_CONVERGED,
+        USABLE=JACOBI_USABLE,
+        HAS_TARGET=mode.startswith("loss"),
+        WITH_GRADIENT=mode == "loss_and_gradient",
+        PULLBACK=mode == "pullback",
+        **jacobi_options(size),
+    )
+    return loss, out

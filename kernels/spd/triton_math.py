@@ -5,6 +5,17 @@ import triton
 import triton.language as tl
 
 
+def round_up(n: int, multiple: int) -> int:
+    """The next multiple."""
+    return -(-n // multiple) * multiple
+
+
+def num_tile_pairs(n: int, tile: int) -> int:
+    """Tiles on and below the diagonal of an n x n matrix."""
+    tiles = round_up(n, tile) // tile
+    return tiles * (tiles + 1) // 2
+
+
 @triton.jit
 def high_half(x):
     """x rounded to the 10 mantissa bits that TF32 keeps: x - high_half(x) is exact in fp32.

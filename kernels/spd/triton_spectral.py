@@ -6,10 +6,16 @@ own one tile on or below the diagonal of a symmetric result, so half of the prod
 neither the scaled vectors, nor the logarithm, nor the Loewner matrix are written to memory.
 """
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from kernels.spd.triton_math import dot_fp32_cut, log_divided_difference, lower_tile
+from kernels.spd.triton_math import dot_fp32_cut, log_divided_difference, lower_tile, num_tile_pairs
+
+SPECTRAL_TILE = 64
+SPECTRAL_DEPTH = 32
+SPECTRAL_OPTIONS = {"num_warps": 8, "num_stages": 3}
 
 
 @triton.jit
@@ -98,3 +104,44 @@ def loewner_kernel(vectors, product, eigenvalues, out, n, TILE: tl.constexpr, DE
         tl.trans(value),
         mask=(column[:, None] < n) & (row[None, :] < n) & (i != m),
     )
+
+
+def log_map(eigenvalues: Tensor, vectors: Tensor, target: Tensor | None, write: bool) -> tuple[Tensor, Tensor]:
+    """(distance [b], log A) from eigenvalues [b, n] and vectors [b, n, n]; with a target 2 (log A - T) instead."""
+    batch, n = eigenvalues.shape
+    pairs = num_tile_pairs(n, SPECTRAL_TILE)
+    vectors = vectors.contiguous()
+    partials = eigenvalues.new_empty(batch, pairs if target is not None else 0)
+    out = vectors.new_empty(vectors.shape if write else 0)
+    log_map_kernel[(pairs, batch)](
+        vectors,
+        eigenvalues.contiguous(),
+        vectors if target is None else target.contiguous(),
+        out,
+        partials,
+        n,
+        TILE=SPECTRAL_TILE,
+        DEPTH=SPECTRAL_DEPTH,
+        HAS_TARGET=target is not None,
+        WRITE=write,
+        **SPECTRAL_OPTIONS,
+    )
+    return partials.sum(dim=1), out
+
+
+def spectral_gradient(eigenvalues: Tensor, vectors: Tensor, upstream: Tensor) -> Tensor:
+    """U (Phi o (U^T G U)) U^T for symmetric G."""
+    batch, n = eigenvalues.shape
+    vectors = vectors.contiguous()
+    inner = torch.empty_like(vectors)
+    loewner_kernel[(num_tile_pairs(n, SPECTRAL_TILE), batch)](
+        vectors,
+        upstream @ vectors,
+        eigenvalues.contiguous(),
+        inner,
+        n,
+        TILE=SPECTRAL_TILE,
+        DEPTH=SPECTRAL_DEPTH,
+        **SPECTRAL_OPTIONS,
+    )
+    return vectors @ inner @ vectors.mT

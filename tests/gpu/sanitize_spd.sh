@@ -12,7 +12,7 @@ fi
 PROGRAM='
 import torch
 from kernels.spd import token_spd
-from kernels.spd.ops import log_loss_op, logm_backward_op, logm_op
+from kernels.spd.loss import log_loss_op, logm_backward_op, logm_op
 for n in (1, 16, 49, 64, 65, 196, 256):
     matrices = token_spd(torch.randn(2, n, 96, device="cuda"))
     target = torch.zeros_like(matrices)

@@ -5,11 +5,15 @@ import math
 import pytest
 import torch
 
-from kernels.spd import cusolver, log_euclidean_loss, reduce_tokens, spd_logm, token_spd, triton_launch
-from kernels.spd.ops import log_loss_op
+from benchmarks import cusolver
+from benchmarks.synthetic_tokens import REGIMES, synthetic_tokens
+from kernels.spd import log_euclidean_loss, reduce_tokens, spd_logm, token_spd
+from kernels.spd.device import MIN_CAPABILITY, fused
+from kernels.spd.eigh import JACOBI_LIMIT
+from kernels.spd.loss import log_loss_op
+from kernels.spd.matrices import MAX_TOKENS
 from kernels.spd.poles import rational_log
 from kernels.spd.reference import reference_logm, reference_loss_and_gradient
-from kernels.spd.synthetic_tokens import REGIMES, synthetic_tokens
 
 pytestmark = [
     pytest.mark.gpu,
@@ -196,8 +200,8 @@ def test_compiled_step_under_bf16_autocast_equals_eager(backend):
 def test_fused_kernels_are_what_runs_here():
     """Otherwise the tests above compared torch with torch."""
     matrices = torch.eye(64, device="cuda")[None]
-    if torch.cuda.get_device_capability() < triton_launch.MIN_CAPABILITY:
+    if torch.cuda.get_device_capability() < MIN_CAPABILITY:
         pytest.skip("the fused kernels need compute capability 8.0")
-    assert triton_launch.resolvent_fits(matrices)
-    assert triton_launch.jacobi_fits(matrices)
-    assert triton_launch.spectral_fits(matrices)
+    assert fused(matrices, MAX_TOKENS)
+    assert fused(matrices, JACOBI_LIMIT)
+    assert fused(matrices)

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from benchmarks.synthetic_tokens import synthetic_tokens
 from kernels.spd import token_spd
 from kernels.spd.poles import rational_log
 from kernels.spd.reference import reference_logm, reference_loss_and_gradient
-from kernels.spd.synthetic_tokens import synthetic_tokens
 
 UNIT_ROUNDOFF = 2.0**-24
 WRONG_FORMULA = 0.05

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from kernels.spd import cusolver
-from kernels.spd.synthetic_tokens import synthetic_tokens
+from benchmarks import cusolver
+from benchmarks.synthetic_tokens import synthetic_tokens
 
 KINDS = {0: np.float32, 1: np.float64}
 

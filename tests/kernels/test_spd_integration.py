@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kernels.spd import log_euclidean_loss, spd_logm, token_spd
-from kernels.spd.ops import log_loss_op, logm_backward_op, logm_op
+from kernels.spd.loss import log_loss_op, logm_backward_op, logm_op
 
 both = pytest.mark.parametrize("backend", ["eigh", "resolvent"])
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from kernels.spd import make_poles
+from benchmarks import make_poles
 from kernels.spd.poles import MAX_ERROR, TABLE_PATH, load_table, rational_log
 
 CERTIFICATE_POINTS = 40_001
@@ -25,6 +25,7 @@ def test_every_row_keeps_to_its_error_on_a_dense_grid():
         error = float(np.abs(value - s).max())
         assert error <= row.error + ROUNDING, row
         assert error >= 0.99 * row.error - ROUNDING, row  # the stated error is no idle bound
+        assert row.error <= MAX_ERROR
 
 
 def test_every_row_has_positive_poles_and_residues():
@@ -49,10 +50,6 @@ def test_default_needs_five_poles():
     rational = rational_log(1.0, 196)
     assert len(rational.poles) == 5
     assert rational.error <= 2e-5
-
-
-def test_looser_bound_needs_fewer_poles():
-    assert len(rational_log(1.0, 196, 1e-3).poles) < len(rational_log(1.0, 196).poles)
 
 
 def test_interval_beyond_the_table_is_refused():

@@ -15,7 +15,7 @@ from kernels.spd.poles import rational_log
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed: its kernels are not tested", allow_module_level=True)
 
-from kernels.spd import compile_report
+from benchmarks import compile_report
 
 SCRIPT = Path(__file__).with_name("interpreted_kernels.py")
 # Every variant of a kernel at n = 16, loss and gradient of one matrix at the larger sizes; the rest is slow.

@@ -5,7 +5,7 @@ import torch
 
 from kernels.spd import log_euclidean_loss, spd_logm, token_spd
 from kernels.spd.eigh import loewner_matrix
-from kernels.spd.ops import log_loss_op, logm_backward_op
+from kernels.spd.loss import log_loss_op, logm_backward_op
 from kernels.spd.poles import rational_log
 from kernels.spd.reference import log_divided_difference, reference_token_spd
 from kernels.spd.resolvent import inverse_by_solve

@@ -1,6 +1,6 @@
 """Compiles the Triton kernels ahead of time, without a GPU, and reads what each one needs of an SM.
 
-`python -m kernels.spd.compile_report` prints the table for sm_80, sm_90 and sm_100.
+`python -m benchmarks.compile_report` prints the table for sm_80, sm_90 and sm_100.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kernels.spd import triton_launch as launch
+from kernels.spd import triton_jacobi, triton_resolvent, triton_spectral
 
 TARGETS = (80, 90, 100)
 
@@ -45,16 +45,14 @@ def _signature(pointers: dict[str, str], scalars: dict[str, Any], constants: dic
 
 
 def _resolvent_variants(num_poles: int) -> Iterator[Variant]:
-    from kernels.spd.triton_combine import combine_kernel
-    from kernels.spd.triton_resolvent import resolvent_kernel
 
     weights = ("fp32",) * num_poles
-    constants: dict[str, Any] = {"NUM_POLES": num_poles, "TILE": launch.RESOLVENT_TILE}
+    constants: dict[str, Any] = {"NUM_POLES": num_poles, "TILE": triton_resolvent.RESOLVENT_TILE}
     pointers = dict.fromkeys(("matrices", "work", "panels"), "fp32")
     scalars: dict[str, Any] = {"poles": weights, "n": "i32", "num_tiles": "i32"}
     signature = _signature(pointers, scalars, constants)
     name = f"resolvent, {num_poles} poles"
-    yield Variant(name, resolvent_kernel, signature, constants, launch.RESOLVENT_OPTIONS)
+    yield Variant(name, triton_resolvent.resolvent_kernel, signature, constants, triton_resolvent.RESOLVENT_OPTIONS)
     pointers = dict.fromkeys(("work", "target", "log", "partials"), "fp32")
     pointers |= {"upstream": "fp16", "operands": "fp16"}
     scalars = {"residues": weights, "constant": "fp32", "n": "i32", "num_tiles": "i32", "padded": "i32"}
@@ -67,15 +65,14 @@ def _resolvent_variants(num_poles: int) -> Iterator[Variant]:
         flags = {"HAS_TARGET": target, "WRITE_LOG": log, "WRITE_OPERANDS": operands}
         yield Variant(
             f"combine, {num_poles} poles, {name}",
-            combine_kernel,
+            triton_resolvent.combine_kernel,
             _signature(pointers, scalars, constants | flags),
             constants | flags,
-            launch.COMBINE_OPTIONS,
+            triton_resolvent.COMBINE_OPTIONS,
         )
 
 
 def _jacobi_variants(size: int) -> Iterator[Variant]:
-    from kernels.spd.triton_jacobi import jacobi_kernel
 
     pointers = dict.fromkeys(("matrices", "given", "loss", "out", "scratch"), "fp32")
     for name, target, gradient, pullback in (
@@ -86,34 +83,34 @@ def _jacobi_variants(size: int) -> Iterator[Variant]:
     ):
         constants = {
             "SIZE": size,
-            "MAX_SWEEPS": launch.JACOBI_SWEEPS,
-            "CONVERGED": launch.JACOBI_CONVERGED,
-            "USABLE": launch.JACOBI_USABLE,
+            "MAX_SWEEPS": triton_jacobi.JACOBI_SWEEPS,
+            "CONVERGED": triton_jacobi.JACOBI_CONVERGED,
+            "USABLE": triton_jacobi.JACOBI_USABLE,
             "HAS_TARGET": target,
             "WITH_GRADIENT": gradient,
             "PULLBACK": pullback,
         }
         yield Variant(
             f"jacobi {size}, {name}",
-            jacobi_kernel,
+            triton_jacobi.jacobi_kernel,
             _signature(pointers, {"n": "i32"}, constants),
             constants,
-            launch.jacobi_options(size),
+            triton_jacobi.jacobi_options(size),
         )
 
 
 def _spectral_variants() -> Iterator[Variant]:
-    from kernels.spd.triton_spectral import loewner_kernel, log_map_kernel
 
-    tiles: dict[str, Any] = {"TILE": launch.SPECTRAL_TILE, "DEPTH": launch.SPECTRAL_DEPTH}
+    tiles: dict[str, Any] = {"TILE": triton_spectral.SPECTRAL_TILE, "DEPTH": triton_spectral.SPECTRAL_DEPTH}
     pointers = dict.fromkeys(("vectors", "eigenvalues", "target", "out", "partials"), "fp32")
     for name, target, write in (("loss and gradient", True, True), ("loss", True, False), ("log", False, True)):
         constants = tiles | {"HAS_TARGET": target, "WRITE": write}
         signature = _signature(pointers, {"n": "i32"}, constants)
-        yield Variant(f"log map, {name}", log_map_kernel, signature, constants, launch.SPECTRAL_OPTIONS)
+        options = triton_spectral.SPECTRAL_OPTIONS
+        yield Variant(f"log map, {name}", triton_spectral.log_map_kernel, signature, constants, options)
     pointers = dict.fromkeys(("vectors", "product", "eigenvalues", "out"), "fp32")
     signature = _signature(pointers, {"n": "i32"}, tiles)
-    yield Variant("loewner", loewner_kernel, signature, tiles, launch.SPECTRAL_OPTIONS)
+    yield Variant("loewner", triton_spectral.loewner_kernel, signature, tiles, triton_spectral.SPECTRAL_OPTIONS)
 
 
 def variants() -> list[Variant]:

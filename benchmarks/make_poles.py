@@ -1,4 +1,4 @@
-"""Makes `poles.json`, minimax rational logarithms by exchange: `python -m kernels.spd.make_poles`.
+"""Makes `poles.json`, minimax rational logarithms by exchange: `python -m benchmarks.make_poles`.
 
 On [1 / sqrt(kappa), sqrt(kappa)] the best f(y) = c - sum_j r_j / (y + t_j) is odd in s = log y, so the poles
 come in pairs (t, 1 / t) with residues (r, r / t^2), and c = sum_j r_j / (2 t_j). That leaves N parameters for
@@ -16,15 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import least_squares
 
-from kernels.spd.poles import KAPPA_STEP, TABLE_PATH, TableRow
+from kernels.spd.poles import KAPPA_STEP, MAX_ERROR, TABLE_PATH, TableRow
 
 Array = NDArray[np.float64]
 
 NUM_POLES = range(2, 11)
 MAX_KAPPA = 2.0**20
-LEAST_ERROR = 1e-7
-"""Below the rounding of fp32 more poles buy nothing."""
-WORST_ERROR = 3e-2
 NUM_GRID = 6001
 
 
@@ -164,17 +161,11 @@ def table_row(kappa: float, num_poles: int) -> TableRow | None:
 
 
 def build_table() -> list[TableRow]:
-    """For each interval length the useful numbers of poles, from coarse to the rounding of fp32."""
+    """For each interval length the fewest poles within the bound."""
     rows = []
     for step in range(4, round(math.log(MAX_KAPPA) / math.log(KAPPA_STEP)) + 1):
-        for num_poles in NUM_POLES:
-            row = table_row(2.0 ** (step * math.log2(KAPPA_STEP)), num_poles)
-            if row is None:
-                break
-            if row.error <= WORST_ERROR:
-                rows.append(row)
-            if row.error <= LEAST_ERROR:
-                break
+        made = (table_row(2.0 ** (step * math.log2(KAPPA_STEP)), num_poles) for num_poles in NUM_POLES)
+        rows.append(next(row for row in made if row is not None and row.error <= MAX_ERROR))
     return rows
 
 

@@ -10,12 +10,9 @@ Cold means that the kernel was asked to drop the files' pages just before.
 from __future__ import annotations
 
 import argparse
-import csv
 import functools
 import os
-import platform
 import shutil
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -27,6 +24,7 @@ import numpy.typing as npt
 import torch
 import zarr
 
+from benchmarks.results import append_rows, commit, hardware, versions
 from cache_tools.codec import Calibration, EncodedRows, calibration_sha256
 from cache_tools.commit import read_commits, write_manifest
 from cache_tools.format import FORMAT_VERSION, CacheSpec, Paths, create_group, create_view_set, read_attributes
@@ -42,8 +40,8 @@ Read = Callable[[Rows], None]
 
 
 @dataclass(frozen=True)
-class Measurement:
-    """One row of the table.
+class Comparison:
+    """One way beside the others of its case.
 
     Attributes:
         case: what is done, and the state of the page cache.
@@ -174,7 +172,7 @@ def measure(
     rounds: int,
     row_bytes: int,
     before: Callable[[], None] = lambda: None,
-) -> list[Measurement]:
+) -> list[Comparison]:
     """Time each method once a round, in random order; a method returns the number of rows it moved."""
     names = list(methods)
     speed: dict[str, list[float]] = {name: [] for name in names}
@@ -194,7 +192,7 @@ def measure(
         images = np.array(speed[name])
         low, middle, high = np.quantile(images, [0.25, 0.5, 0.75])
         results.append(
-            Measurement(
+            Comparison(
                 case=case,
                 method=name,
                 megabytes_per_second=middle * row_bytes / 1e6,
@@ -216,7 +214,7 @@ def read_batches(read: Read, order: str, num_rows: int, count: int, generator: n
     return count * BATCH
 
 
-def bench_reading(root: Path, flat: Path, spec: CacheSpec, *, rounds: int, count: int) -> list[Measurement]:
+def bench_reading(root: Path, flat: Path, spec: CacheSpec, *, rounds: int, count: int) -> list[Comparison]:
     """Measure reading, warm and cold, sequential and random."""
     readers = PatchReaders(root, flat, spec)
     generator = np.random.default_rng(2)
@@ -241,7 +239,7 @@ def bench_reading(root: Path, flat: Path, spec: CacheSpec, *, rounds: int, count
     return results
 
 
-def bench_writing(folder: Path, spec: CacheSpec, *, rounds: int) -> list[Measurement]:
+def bench_writing(folder: Path, spec: CacheSpec, *, rounds: int) -> list[Comparison]:
     """Measure writing one shard of patch codes."""
     array, rows = spec.arrays()[0], spec.capacity
     data = np.random.default_rng(4).integers(0, 256, (rows, array.row_bytes), np.uint8)
@@ -282,37 +280,7 @@ def bench_writing(folder: Path, spec: CacheSpec, *, rounds: int) -> list[Measure
     return measure("write a shard", methods, rounds=rounds, row_bytes=array.row_bytes)
 
 
-def machine() -> dict[str, str]:
-    """Return what the figures belong to."""
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        model = names[0] if names else model
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout
-    return {
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": commit.strip(),
-        "machine": f"CPU: {model}, {os.cpu_count()} cores",
-        "versions": f"python {platform.python_version()}, numpy {np.__version__}, zarr {zarr.__version__}",
-    }
-
-
-def append_rows(results: list[Measurement], *, row_bytes: int) -> None:
-    """Append the measurements to the results file."""
-    about = machine() | {"batch": str(BATCH), "dtype": "int8", "row_bytes": str(row_bytes)}
-    new = not RESULTS.exists()
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("a", newline="") as file:
-        writer = csv.DictWriter(file, [*about, *asdict(results[0])])
-        if new:
-            writer.writeheader()
-        for result in results:
-            figures = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in asdict(result).items()}
-            writer.writerow(about | figures)
-
-
-def print_table(results: list[Measurement]) -> None:
+def print_table(results: list[Comparison]) -> None:
     """Print the measurements."""
     print(
         f"{'case':26}{'method':26}{'MB/s':>8}{'spread':>8}{'ratio':>8}{'images/s':>10}{'cpu-s/GB':>10}{'cpu ratio':>11}"
@@ -344,7 +312,9 @@ def main() -> None:
         shutil.rmtree(folder)
     print_table(results)
     if not options.quick:
-        append_rows(results, row_bytes=spec.arrays()[0].row_bytes)
+        about = {"date": time.strftime("%Y-%m-%d"), "commit": commit(), "machine": hardware(), "versions": versions()}
+        about |= {"batch": str(BATCH), "dtype": "int8", "row_bytes": str(spec.arrays()[0].row_bytes)}
+        append_rows(RESULTS, [about | asdict(result) for result in results])
 
 
 if __name__ == "__main__":

@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 
 from benchmarks.data_gpu import gpu_rows
-from benchmarks.data_results import Measurement, append_rows, print_table
 from benchmarks.data_rows import BATCH, Row, busy_rows, cpu_rows
 from benchmarks.natural_images import write_images
+from benchmarks.results import Measurement, append_measurements, print_table
 from shards.pack import pack
 
 # Most of ImageNet is 500 x 375 or 375 x 500.
@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _report(results: Path, measured: list[Measurement]) -> None:
     print_table(measured)
-    append_rows(results, measured)
+    append_measurements(results, measured)
     print(f"appended {len(measured)} rows to {results}", flush=True)
 
 

@@ -10,7 +10,6 @@ processes it is the wall. Files are in the page cache: disks are not what is mea
 from __future__ import annotations
 
 import argparse
-import hashlib
 import io
 import os
 import shutil
@@ -23,8 +22,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from benchmarks.data_results import Measurement, append_rows, print_table
 from benchmarks.natural_images import write_images
+from benchmarks.results import Measurement, append_measurements, print_table
+from common.hashing import file_sha256
 from shards.format import load_manifest
 from shards.pack import pack
 from shards.sanitize import sanitise
@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> None:
         )
         measured.append(_several_processes(folder, images, rounds))
     print_table(measured)
-    append_rows(options.results, measured)
+    append_measurements(options.results, measured)
 
 
 def _cases(folder: Path, files: list[Path]) -> dict[str, Callable[[], object]]:
@@ -72,7 +72,7 @@ def _cases(folder: Path, files: list[Path]) -> dict[str, Callable[[], object]]:
         _PILLOW: lambda: [Image.open(io.BytesIO(file.read_bytes())).convert("RGB") for file in files],
         "verify, decode none": lambda: verify(shards, decode=0.0, workers=1, progress=False),
         "verify, decode all": lambda: verify(shards, decode=1.0, workers=1, progress=False),
-        "sha256 of the tars": lambda: [_sha256(tar) for tar in tars],
+        "sha256 of the tars": lambda: [file_sha256(tar) for tar in tars],
     }
 
 
@@ -80,11 +80,6 @@ def _copy(files: list[Path], target: Path) -> None:
     target.mkdir()
     for file in files:
         shutil.copyfile(file, target / file.name)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _measure(

@@ -12,23 +12,21 @@ graph too ("_graph"): the difference is the launches. A shape whose paths are sl
 from __future__ import annotations
 
 import argparse
-import csv
 import functools
 import math
-import platform
 import random
 import statistics
-import subprocess
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from benchmarks import cusolver
+from benchmarks.results import append_rows, commit, processor
 from benchmarks.synthetic_tokens import synthetic_tokens
 from kernels.spd import log_euclidean_loss, spd_logm, token_spd
 from kernels.spd.device import full_fp32, fused
@@ -253,31 +251,6 @@ def floor_ms(rates: Rates, batch: int, n: int) -> float:
     return max(inverses + gradient + gram, traffic) * 1e3
 
 
-def hardware_name(device: torch.device) -> str:
-    """The processor's own name for itself."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in _lines(cpuinfo) if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _lines(path: Path) -> list[str]:
-    return path.read_text().splitlines() if path.exists() else []
-
-
-def _commit() -> str:
-    """The commit, with a mark if the measured code differs from it."""
-
-    def git(*arguments: str) -> str:
-        root = Path(__file__).parents[1]
-        done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False, cwd=root)
-        return done.stdout.strip()
-
-    changed = git("status", "--porcelain", "kernels", "benchmarks/bench_spd.py")
-    return (git("rev-parse", "--short", "HEAD") or "unknown") + ("-changed" if changed else "")
-
-
 def inputs(device: torch.device, batch: int, n: int) -> tuple[Tensor, Tensor]:
     """Student tokens [B, n, 384] that ask for a gradient, and the teacher's logarithms."""
     tokens = synthetic_tokens("typical", 4, n, CHANNELS, seed=1).float().repeat(-(-batch // 4), 1, 1)[:batch]
@@ -329,7 +302,7 @@ def _row(
     return Row(
         path=name,
         device=device.type,
-        hardware=hardware_name(device),
+        hardware=torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
         batch=batch,
         n=n,
         dtype="float32",
@@ -343,23 +316,12 @@ def _row(
         matmul_tflop_s=float(f"{rates.fp32 / 1e12:.3g}"),
         threads=torch.get_num_threads(),
         torch=torch.__version__,
-        commit=_commit(),
+        commit=commit(),
         date=time.strftime("%Y-%m-%d"),
         tf32_tflop_s=rates.tf32 and float(f"{rates.tf32 / 1e12:.3g}"),
         fp16_tflop_s=rates.fp16 and float(f"{rates.fp16 / 1e12:.3g}"),
         solver=solver_for(target),
     )
-
-
-def append(path: Path, rows: Sequence[Any]) -> None:
-    """Adds the rows to the table, with a header if it is new."""
-    new = not path.exists()
-    path.parent.mkdir(exist_ok=True)
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(rows[0])])
-        if new:
-            writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
 
 
 def main() -> None:
@@ -385,7 +347,7 @@ def main() -> None:
                 flush=True,
             )
         if not arguments.quick:
-            append(RESULTS, rows)
+            append_rows(RESULTS, [asdict(row) for row in rows])
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.data_results import Measurement
+from benchmarks.results import Measurement
 from pipeline import dali
 from pipeline.augmentation import preset
 from pipeline.backend import usable_cores

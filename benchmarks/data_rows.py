@@ -17,8 +17,8 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-from benchmarks.data_results import Measurement
 from benchmarks.peers import PillowRecipe, TorchvisionRecipe
+from benchmarks.results import Measurement
 from pipeline import dali
 from pipeline.augmentation import Augmentation, preset
 from pipeline.backend import open_backend
@@ -203,7 +203,7 @@ def _overhead_rows(folder: ShardFolder, rows: _Rows, a: Augmentation, *, quick: 
     yield Row("feeding: block masks", count, masks, note, cost=True)
     if dali.missing_reason() is None:
         feed = _feed(folder, chosen, a, repeat)
-        yield Row("feeding: read, plan, DALI's external folder", count, feed, note, cost=True)
+        yield Row("feeding: read, plan, DALI's external source", count, feed, note, cost=True)
     rows_of_epoch = _IMAGENET_ROWS // 10 if quick else _IMAGENET_ROWS
     note = f"{rows_of_epoch} rows"
     yield Row("epoch order", rows_of_epoch, lambda: epoch_order(rows_of_epoch, seed=0, epoch=1), note, cost=True)
@@ -215,8 +215,8 @@ def _feed(folder: ShardFolder, rows: _Rows, a: Augmentation, repeat: int) -> Cal
 
     @pipeline_def(batch_size=len(rows), num_threads=1, device_id=None, prefetch_queue_depth=1)  # type: ignore
     def headers() -> Any:
-        jpegs = fn.external_folder(name="jpegs", dtype=types.UINT8, ndim=1, no_copy=True)  # type: ignore
-        parameters = fn.external_folder(name="parameters", dtype=types.FLOAT, ndim=2)  # type: ignore
+        jpegs = fn.external_source(name="jpegs", dtype=types.UINT8, ndim=1, no_copy=True)  # type: ignore
+        parameters = fn.external_source(name="parameters", dtype=types.FLOAT, ndim=2)  # type: ignore
         return fn.peek_image_shape(jpegs), parameters
 
     pipe: Any = headers()

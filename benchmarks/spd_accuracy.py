@@ -6,14 +6,15 @@ python -m benchmarks.spd_accuracy [--device cpu|cuda]
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from benchmarks.bench_spd import CHANNELS, append
+from benchmarks.bench_spd import CHANNELS
+from benchmarks.results import append_rows
 from benchmarks.synthetic_tokens import REGIMES, synthetic_tokens
 from kernels.spd import spd_logm, token_spd
 from kernels.spd.reference import reference_logm, reference_loss_and_gradient
@@ -78,7 +79,7 @@ def main() -> None:
     rows = [row for eps in (1.0, 0.1, 0.01) for row in accuracy(device, 196, eps)]
     for row in rows:
         print(f"{row.regime:16}{row.backend:10}{row.eps:6}{row.log_error:10.1e}{row.gradient_error:10.1e}")
-    append(RESULTS, rows)
+    append_rows(RESULTS, [asdict(row) for row in rows])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a data benchmark measured: its table on the terminal and its rows in benchmarks/results/data.csv."""
+"""What a benchmark measured: its table on the terminal, its rows in benchmarks/results/, and what they belong to."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import os
 import platform
 import statistics
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,10 +17,8 @@ import torch
 
 _PACKAGES = (
     "numpy", "torch", "torchvision", "nvidia-dali-cuda130", "pillow", "opencv-python-headless", "simplejpeg",
-    "webdataset",
+    "webdataset", "zarr",
 )  # fmt: skip
-# What a figure depends on: changes in it that are not committed are shown beside the commit.
-_MEASURED = ("../pipeline", "../shards", "bench_data.py", "data_rows.py", "data_gpu.py", "peers.py")
 
 
 @dataclass(frozen=True)
@@ -52,39 +50,50 @@ def _short(value: float) -> str:
     return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
 
 
-def append_rows(path: Path, rows: Sequence[Measurement]) -> None:
+def append_measurements(path: Path, rows: Sequence[Measurement]) -> None:
     """Append the rows to a CSV file, with hardware, versions and commit."""
-    columns = [
-        "time", "commit", "hardware", "versions", "row", "unit", "median", "min", "max", "rounds", "note",
-    ]  # fmt: skip
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    about = {"time": now, "commit": commit(), "hardware": hardware(), "versions": versions()}
+    append_rows(
+        path,
+        [
+            about
+            | {"row": row.name, "unit": row.unit, "median": row.median, "min": min(row.figures)}
+            | {"max": max(row.figures), "rounds": len(row.figures), "note": row.note}
+            for row in rows
+        ],
+    )
+
+
+def append_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
+    """Append rows of one set of columns to a CSV file, with a header if it is new; floats to six digits."""
     new = not path.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", newline="") as file:
-        writer = csv.writer(file)
+        writer = csv.DictWriter(file, list(rows[0]))
         if new:
-            writer.writerow(columns)
+            writer.writeheader()
         for row in rows:
-            figures = [f"{x:.6g}" for x in (row.median, min(row.figures), max(row.figures))]
-            writer.writerow(
-                [now, _commit(), hardware(), _versions(), row.name, row.unit, *figures, len(row.figures), row.note]
-            )
+            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
 
 
 def hardware() -> str:
     """The processor, the cores that this process may use, and the GPU if there is one."""
-    name = platform.processor() or platform.machine()
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    return f"{processor()}, {len(os.sched_getaffinity(0))} cores, {gpu}"
+
+
+def processor() -> str:
+    """The processor's own name for itself."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass  # not Linux on x86: the plain name will do
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    return f"{name}, {cores} cores, {gpu}"
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):  # not Linux on x86: the plain name will do
+        return platform.processor() or platform.machine()
 
 
-def _versions() -> str:
+def versions() -> str:
+    """Python and the packages that figures depend on."""
     found = [f"python {platform.python_version()}"]
     for package in _PACKAGES:
         try:
@@ -94,10 +103,11 @@ def _versions() -> str:
     return "; ".join(found)
 
 
-def _commit() -> str:
-    folder = Path(__file__).parent
+def commit() -> str:
+    """The commit, with a mark where the code differs from it."""
+    root = Path(__file__).parents[1]
     done = [
-        subprocess.run(["git", *command], cwd=folder, capture_output=True, text=True, check=False).stdout.strip()
-        for command in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "--", *_MEASURED])
+        subprocess.run(["git", *command], cwd=root, capture_output=True, text=True, check=False).stdout.strip()
+        for command in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "--", "*.py"])
     ]
     return f"{done[0] or 'unknown'}{'+changes' if done[1] else ''}"

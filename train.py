@@ -94,7 +94,6 @@ def train(config: TrainConfig, ranks: Ranks) -> None:
     global_batch_size = config.optim.batch_size_per_gpu * ranks.world_size
     loader = open_loader(
         config.data.data_path,
-        backend=config.data.backend,
         device=ranks.device,
         global_batch_size=global_batch_size,
         rank=ranks.rank,
@@ -104,10 +103,9 @@ def train(config: TrainConfig, ranks: Ranks) -> None:
         state=loader_state,
         view_sets=num_view_sets(config, cache),
         teacher_crops=teacher is not None,
-        num_threads=config.data.num_threads,
-        hw_decoder_load=config.data.hw_decoder_load,
-        policy=config.data.on_bad_sample,
+        on_bad_sample=config.data.on_bad_sample,
         skip_budget=config.data.skip_budget,
+        **config.data.reading(),
     )
     total_steps = config.optim.max_steps or round(config.optim.epochs * loader.steps_per_epoch)
     schedule = Schedule(
@@ -295,10 +293,8 @@ def token_stream(
         view_set=0,
         seed=config.data.data_seed,
         augmentation=config.crops(),
-        backend=config.data.backend,
         device=ranks.device,
-        num_threads=config.data.num_threads,
-        hw_decoder_load=config.data.hw_decoder_load,
+        **config.data.reading(),
     ):
         yield teacher(batch.crops)
 

@@ -30,7 +30,7 @@ def gpu_rows(shards: Path, *, quick: bool) -> list[Measurement]:
     return rows + _overlap_rows(shards, batches)
 
 
-def _open(shards: Path, backend: str, threads: int, hw_decoder_load: float = 0.0) -> MultiCropLoader:
+def _open(shards: Path, backend: str, threads: int, hw_decoder: bool = False) -> MultiCropLoader:
     batch = min(_BATCH, load_manifest(shards).num_rows)
     return open_loader(
         shards,
@@ -40,7 +40,7 @@ def _open(shards: Path, backend: str, threads: int, hw_decoder_load: float = 0.0
         seed=0,
         augmentation=preset("dino"),
         num_threads=threads,
-        hw_decoder_load=hw_decoder_load,
+        hw_decoder=hw_decoder,
         teacher_crops=False,
     )
 
@@ -58,16 +58,16 @@ def _rate(loader: MultiCropLoader, batches: int) -> float:
 
 
 def _thread_rows(shards: Path, batches: int) -> Iterator[Measurement]:
-    settings = [("cpu", usable_cores(), 0.0)] + [("torch", threads, 0.0) for threads in _thread_counts()]
+    settings = [("cpu", usable_cores(), False)] + [("torch", threads, False) for threads in _thread_counts()]
     if dali.missing_reason() is None:
-        settings += [("dali", threads, load) for load in (0.0, 1.0) for threads in _thread_counts()]
-    figures: dict[tuple[str, int, float], list[float]] = {key: [] for key in settings}
+        settings += [("dali", threads, load) for load in (False, True) for threads in _thread_counts()]
+    figures: dict[tuple[str, int, bool], list[float]] = {key: [] for key in settings}
     for _ in range(_ROUNDS):
         for backend, threads, load in settings:
             with _open(shards, backend, threads, load) as loader:
                 figures[backend, threads, load].append(_rate(loader, batches))
     for (backend, threads, load), found in figures.items():
-        decoder = f", hw_decoder_load {load:g}" if backend == "dali" else ""
+        decoder = f", hardware decoder {'on' if load else 'off'}" if backend == "dali" else ""
         name = f"gpu full 2x224 + 8x96: {backend}, {threads} threads{decoder}"
         yield Measurement(name, "images/s", tuple(found), _NOTE)
 

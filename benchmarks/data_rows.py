@@ -247,7 +247,7 @@ def busy_rows(shards: Path, rounds: int) -> list[Measurement]:
                     block_masks(folder.index.uid[chosen], epoch=epoch, seed=0, augmentation=a)
                     yield len(chosen)
 
-            feeder = Feeder(prepared, depth=2, stall_seconds=60.0)
+            feeder = Feeder(prepared, depth=2)
             figures[state].append(_consumed(feeder, busy=state != "idle"))
             feeder.close()
     return [

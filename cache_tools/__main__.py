@@ -93,14 +93,13 @@ def _build(command: Build) -> int:
         options.shards,
         command.cache,
         teacher=options.teacher(device),
-        augmentation=options.crops(),
-        seed=options.seed,
+        augmentation=options.teacher_crops(),
+        seed=options.data_seed,
         view_sets=command.view_sets,
         codec=command.codec,
         batch_size=options.batch_size,
         device=device,
-        backend=options.backend,
-        num_threads=options.num_threads,
+        reading=options.reading(),
         rank=int(os.environ.get("RANK", "0")),
         world_size=int(os.environ.get("WORLD_SIZE", "1")),
         calibration_rows=command.calibration_rows,
@@ -137,8 +136,8 @@ def _verify_teacher(command: Verify) -> int:
     teacher = options.teacher(device)
     expect = cache_fingerprint(
         manifest=load_manifest(options.shards),
-        augmentation=options.crops(),
-        seed=options.seed,
+        augmentation=options.teacher_crops(),
+        seed=options.data_seed,
         teacher=teacher.fingerprint(),
         decoder=decoder_name(options.backend, device),
     )
@@ -166,7 +165,7 @@ def _calibrate(command: Calibrate) -> int:
     report = measure_features(
         options.teacher(device),
         options.read_crops(device)(in_batches(rows, options.batch_size), 0),
-        num_crops=options.crops().num_global_crops,
+        num_crops=options.teacher_crops().num_global_crops,
         device=device,
     )
     print(report.table())

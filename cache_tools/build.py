@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +44,7 @@ from common.hashing import json_sha256
 from distill.targets import TeacherTargets
 from pipeline.augmentation import Augmentation
 from pipeline.backend import choose_backend
+from pipeline.options import ReadOptions
 from pipeline.readers import TeacherCropBatch, in_batches, read_teacher_crops
 from shards.format import load_manifest
 
@@ -337,8 +338,7 @@ def build_cache(
     codec: CodecName = "int8",
     batch_size: int = 64,
     device: torch.device | str = "cpu",
-    backend: str = "auto",
-    num_threads: int | None = None,
+    reading: Mapping[str, Any] = ReadOptions().reading(),
     rank: int = 0,
     world_size: int = 1,
     calibration_rows: int = DEFAULT_CALIBRATION_ROWS,
@@ -356,8 +356,7 @@ def build_cache(
         codec: "int8", or "fp16" of twice the size.
         batch_size: images the teacher sees at once.
         device: of decoder and teacher.
-        backend: the loader's backend.
-        num_threads: decoding threads.
+        reading: who decodes and crops, see `ReadOptions.reading`.
         rank: of this process among those that build together.
         world_size: their number.
         calibration_rows: first rows from which the int8 codec is calibrated.
@@ -368,7 +367,7 @@ def build_cache(
     """
     place = torch.device(device)
     manifest = load_manifest(shards)
-    taken, reason = choose_backend(backend, place)
+    taken, reason = choose_backend(reading["backend"], place)
     spec = CacheSpec(
         shard_rows=tuple(shard.rows for shard in manifest.shards),
         num_crops=augmentation.num_global_crops,
@@ -389,25 +388,18 @@ def build_cache(
     if progress and rank == 0:
         cost = check_disk(request.root, spec, view_sets)
         print(f"{cache}: {cost.describe(view_sets, spec.num_rows)}. Crops by {taken}: {reason}", file=sys.stderr)
-    read_crops = crop_reader(shards, seed, augmentation, taken, place, num_threads)
+    read_crops = crop_reader(shards, seed, augmentation, place, {**reading, "backend": taken})
     return run_build(request, teacher, read_crops, rank=rank, world_size=world_size, progress=progress)
 
 
 def crop_reader(
-    shards: str | Path, seed: int, augmentation: Augmentation, backend: str, device: torch.device, threads: int | None
+    shards: str | Path, seed: int, augmentation: Augmentation, device: torch.device, reading: Mapping[str, Any]
 ) -> ReadCrops:
     """Return what reads the clean global crops of given batches of rows from a folder of shards."""
 
     def read(batches: Sequence[npt.NDArray[np.int64]], view_set: int) -> Iterable[TeacherCropBatch]:
         return read_teacher_crops(
-            shards,
-            batches,
-            view_set=view_set,
-            seed=seed,
-            augmentation=augmentation,
-            backend=backend,
-            device=device,
-            num_threads=threads,
+            shards, batches, view_set=view_set, seed=seed, augmentation=augmentation, device=device, **reading
         )
 
     return read

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,18 +14,19 @@ from cache_tools.fingerprint import flatten
 from cache_tools.format import CodecName
 from cache_tools.write import ReadCrops
 from common.errors import UserError
-from distill.config import DEFAULT_TEACHER, DataConfig, TeacherConfig
+from distill.config import DEFAULT_TEACHER, TeacherConfig
 from distill.teacher import FrozenTeacher, load_teacher
-from pipeline.augmentation import Augmentation, preset
 from pipeline.backend import choose_backend
+from pipeline.options import CropOptions, ReadOptions
 
 PRESETS = ("dino", "dinov2_released")
 CachePath = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CACHE")]
 
 
-@dataclass(frozen=True)
-class TeacherOptions:
-    """The teacher and the crops it sees; the same flags and defaults as train.py."""
+@dataclass(frozen=True, kw_only=True)
+class TeacherOptions(CropOptions, ReadOptions):
+    """The teacher and the crops it sees; the same flags and defaults as train.py. Of the crops, only what decides the
+    global ones matters."""
 
     shards: Path
     """Folder of packed shards."""
@@ -34,41 +34,12 @@ class TeacherOptions:
     """A timm ViT by name, or local-dir:FOLDER, or hf-hub:NAME."""
     teacher_pretrained_weights: str | None = None
     """A local file: Meta's .pth or timm's .safetensors. None downloads the weights that teacher_arch names."""
-    augmentation: str = DataConfig.augmentation
-    """Augmentation preset: dino or dinov2_released."""
-    global_crops_scale: tuple[float, float] = DataConfig.global_crops_scale
-    """Share of the image's area in a global crop, least and most."""
-    global_crops_size: int = DataConfig.global_crops_size
-    """Side of a global crop in pixels."""
-    flip_prob: float = DataConfig.flip_prob
-    """Probability of a horizontal flip."""
-    teacher_photometric: bool = DataConfig.teacher_photometric
-    """The teacher sees the student's photometric distortions too."""
-    seed: Annotated[int, tyro.conf.arg(aliases=["--data_seed"])] = DataConfig.data_seed
-    """Seed of the crop plan: train.py's data_seed."""
-    backend: Literal["auto", "dali", "cpu", "torch"] = "auto"
-    """Who decodes and crops."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU where there is one."""
     batch_size: int = 64
     """Images that the teacher sees at once."""
-    num_threads: int | None = None
-    """Decoding threads. None: one a core, at most 8."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of the teacher; auto does so on a GPU."""
-
-    def crops(self) -> Augmentation:
-        """Return the augmentation; only what decides the global crops matters here."""
-        return dataclasses.replace(
-            preset(self.augmentation),
-            global_crops_scale=self.global_crops_scale,
-            global_crops_size=self.global_crops_size,
-            flip_prob=self.flip_prob,
-            teacher_photometric=self.teacher_photometric,
-            num_local_crops=0,
-            mask_ratio=0.0,
-            patch_size=1,
-        )
 
     def teacher(self, device: torch.device) -> FrozenTeacher:
         """Load the frozen teacher."""
@@ -82,8 +53,8 @@ class TeacherOptions:
 
     def read_crops(self, device: torch.device) -> ReadCrops:
         """Return a reader of the clean crops of batches of rows."""
-        backend = choose_backend(self.backend, device)[0]
-        return crop_reader(self.shards, self.seed, self.crops(), backend, device, self.num_threads)
+        reading = self.reading() | {"backend": choose_backend(self.backend, device)[0]}
+        return crop_reader(self.shards, self.data_seed, self.teacher_crops(), device, reading)
 
 
 @dataclass(frozen=True)
@@ -140,12 +111,12 @@ class Verify:
                 global_crops_size=geometry["global_crops_size"],
                 flip_prob=geometry["flip_prob"],
                 teacher_photometric=geometry["teacher_photometric"],
-                seed=crops["seed"],
+                data_seed=crops["seed"],
                 backend=self.backend,
                 device=self.device,
                 batch_size=self.batch_size,
             )
-            if flatten(options.crops().geometry_fingerprint()) == flatten(geometry):
+            if flatten(options.teacher_crops().geometry_fingerprint()) == flatten(geometry):
                 return options
         raise UserError(
             f"{self.cache}: built with an augmentation that is none of {', '.join(PRESETS)} with other sizes and "

@@ -5,7 +5,6 @@ python -m demo [--teacher live]
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import subprocess
@@ -19,9 +18,8 @@ from common.command import run_command
 from common.errors import UserError
 from demo.images import compose_images
 from demo.report import write_crop_sheet, write_summary
-from demo.settings import CROP_FLAGS, STUDENT_FLAGS, TRAIN_FLAGS, VIEW_SETS, DemoConfig
-from demo.teacher import PATCH_SIZE, train_teacher
-from pipeline.augmentation import Augmentation, preset
+from demo.settings import CROPS, PATCH_SIZE, STUDENT_FLAGS, TRAIN_FLAGS, VIEW_SETS, DemoConfig, crop_flags
+from demo.teacher import train_teacher
 
 
 def run_demo(config: DemoConfig) -> None:
@@ -30,6 +28,7 @@ def run_demo(config: DemoConfig) -> None:
     root = config.output
     root.mkdir(parents=True, exist_ok=True)
     check_settings(config)
+    augmentation = CROPS.crops(patch_size=PATCH_SIZE)
 
     heading("1/6  images: scikit-learn's handwritten digits, as colour JPEGs of mixed sizes")
     images = root / "images"
@@ -49,14 +48,14 @@ def run_demo(config: DemoConfig) -> None:
     if not (teacher / "config.json").exists():
         train_teacher(
             root / "shards" / "train", teacher,
-            augmentation=crops(), steps=config.teacher_steps, batch_size=64, lr=1e-3, seed=config.seed,
+            augmentation=augmentation, steps=config.teacher_steps, batch_size=64, lr=1e-3, seed=config.seed,
         )  # fmt: skip
     teacher_flags = ["--teacher_arch", f"local-dir:{teacher}"]
 
     heading(f"4/6  cache: the teacher's outputs for {VIEW_SETS} view sets, to zarr")
     command(
         "-m", "cache_tools", "build", "--shards", root / "shards" / "train", "--cache", root / "cache",
-        "--view_sets", VIEW_SETS, "--seed", config.seed, *teacher_flags, *CROP_FLAGS,
+        "--view_sets", VIEW_SETS, *teacher_flags, *crop_flags(config.seed),
     )  # fmt: skip
 
     heading("5/6  distill: five losses (eager: on a CPU, compiling would take longer than the training)")
@@ -64,35 +63,14 @@ def run_demo(config: DemoConfig) -> None:
     command(
         "train.py", "--data_path", root / "shards" / "train", "--val_data_path", root / "shards" / "val",
         "--cache_path", root / "cache", "--teacher", config.teacher, "--output_dir", run,
-        "--max_steps", config.steps, "--seed", config.seed, "--data_seed", config.seed,
-        *teacher_flags, *CROP_FLAGS, *STUDENT_FLAGS, *TRAIN_FLAGS,
+        "--max_steps", config.steps, "--seed", config.seed,
+        *teacher_flags, *crop_flags(config.seed), *STUDENT_FLAGS, *TRAIN_FLAGS,
     )  # fmt: skip
 
     heading("6/6  probe: k-NN and linear accuracy of student, teacher and random weights")
     command("probe.py", "--run", run, "--layers", "1", "--knn_k", "10", "20", "--max_train_rows", "3000")
-    write_crop_sheet(root / "shards" / "train", crops(), run / "probe" / "crops.png", seed=config.seed)
+    write_crop_sheet(root / "shards" / "train", augmentation, run / "probe" / "crops.png", seed=config.seed)
     print(write_summary(run, config, seconds=time.perf_counter() - start))
-
-
-def crops() -> Augmentation:
-    """Return the crops that `CROP_FLAGS` and `STUDENT_FLAGS` ask of the other commands."""
-    flags = [*CROP_FLAGS, *STUDENT_FLAGS]
-    values = {
-        flag.removeprefix("--"): [float(v) for v in flags[i + 1 : i + 3] if not v.startswith("--")]
-        for i, flag in enumerate(flags)
-        if flag.startswith("--")
-    }
-    return dataclasses.replace(
-        preset("dino"),
-        patch_size=PATCH_SIZE,
-        global_crops_size=int(values["global_crops_size"][0]),
-        global_crops_scale=(values["global_crops_scale"][0], values["global_crops_scale"][1]),
-        num_local_crops=int(values["local_crops_number"][0]),
-        local_crops_size=int(values["local_crops_size"][0]),
-        local_crops_scale=(values["local_crops_scale"][0], values["local_crops_scale"][1]),
-        mask_patch_size=int(values["mask_patch_size"][0]),
-        flip_prob=values["flip_prob"][0],
-    )
 
 
 def check_settings(config: DemoConfig) -> None:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
-# Crops of 48 and 24 pixels in patches of 8. No flips: a mirrored digit is another sign.
-_CROPS = "--global_crops_size 48 --global_crops_scale 0.5 1.0 --flip_prob 0"
-_STUDENT = """--patch_size 8 --embed_dim 64 --depth 3 --num_heads 2 --layer_scale 0.1
-    --local_crops_number 4 --local_crops_size 24 --local_crops_scale 0.3 0.7 --mask_patch_size 8"""
+from pipeline.options import CropOptions
+
+PATCH_SIZE = 8
+# Crops of 48 and 24 pixels. No flips: a mirrored digit is another sign.
+CROPS = CropOptions(
+    global_crops_size=48, global_crops_scale=(0.5, 1.0), flip_prob=0.0,
+    local_crops_number=4, local_crops_size=24, local_crops_scale=(0.3, 0.7), mask_patch_size=8,
+)  # fmt: skip
+_STUDENT = f"--patch_size {PATCH_SIZE} --embed_dim 64 --depth 3 --num_heads 2 --layer_scale 0.1"
 _TRAIN = """--batch_size_per_gpu 48 --lr 16e-3 --patch_embed_lr_scale 1 --warmup_epochs 0.5 --ema_momentum 0.98
     --koleo_warmup_steps 100 --num_prototypes 256 --teacher_temp calibrated --no_compile --num_threads 2
     --log_every 20 --checkpoint_every 50 --knn_every_epochs 2 --knn_max_rows 2000 --term_gradients_every 100"""
-CROP_FLAGS, STUDENT_FLAGS, TRAIN_FLAGS = _CROPS.split(), _STUDENT.split(), _TRAIN.split()
+STUDENT_FLAGS, TRAIN_FLAGS = _STUDENT.split(), _TRAIN.split()
 VIEW_SETS = 2
 
 
@@ -35,3 +40,14 @@ class DemoConfig:
     """Steps of the student's distillation, 48 images each."""
     seed: int = 0
     """Seed of the images, of both networks and of all crops."""
+
+
+def crop_flags(seed: int) -> list[object]:
+    """Return the flags that ask another command for the demo's crops."""
+    crops = replace(CROPS, data_seed=seed)
+    words: list[object] = []
+    for option in fields(crops):
+        value = getattr(crops, option.name)
+        if value != option.default:
+            words += [f"--{option.name}", *(value if isinstance(value, tuple) else (value,))]
+    return words

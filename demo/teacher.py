@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
+from demo.settings import PATCH_SIZE
 from distill.export import export_model
 from distill.model_card import Card
 from distill.models import create_vit
@@ -19,7 +20,6 @@ from pipeline.batch import normalise
 from pipeline.loader import open_loader
 
 TEACHER_ARGS = {"embed_dim": 128, "depth": 4, "num_heads": 4, "init_values": 0.1}
-PATCH_SIZE = 8
 
 
 def train_teacher(

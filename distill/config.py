@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from common.errors import UserError
 from pipeline.augmentation import Augmentation
-from pipeline.augmentation import preset as augmentation_preset
+from pipeline.options import CropOptions, ReadOptions
 
 DEFAULT_TEACHER = "vit_large_patch16_dinov3.lvd1689m"
 
@@ -160,47 +160,20 @@ class OptimConfig:
     """Momentum of the student's EMA at the first step; it rises to 1 by a cosine. 0 keeps no EMA."""
 
 
-@dataclass(frozen=True)
-class DataConfig:
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(CropOptions, ReadOptions):
     """Shards, crops and the loader."""
 
     data_path: str = ""
     """Folder of training shards, written by `make shards`."""
     val_data_path: str | None = None
     """Folder of validation shards: k-NN during training and `make probe`."""
-    augmentation: str = "dino"
-    """Augmentation preset: dino or dinov2_released."""
-    global_crops_scale: tuple[float, float] = (0.4, 1.0)
-    """Share of the image's area in a global crop, least and most."""
-    global_crops_size: int = 224
-    """Side of a global crop in pixels."""
-    local_crops_scale: tuple[float, float] = (0.05, 0.4)
-    """Share of the image's area in a local crop, least and most."""
-    local_crops_number: int = 8
-    """Local crops of an image."""
-    local_crops_size: int = 96
-    """Side of a local crop in pixels."""
-    mask_patch_size: int = 32
-    """Side of a mask unit in pixels."""
-    mask_ratio: float = 0.4
-    """Share of masked units on a masked crop."""
-    flip_prob: float = 0.5
-    """Probability of a horizontal flip."""
-    teacher_photometric: bool = False
-    """The teacher sees the student's photometric distortions too; then all of them are replayed."""
-    data_seed: int = 0
-    """Seed of crops, order, masks and prototypes; a cache is bound to the one it was built with."""
-    backend: Literal["auto", "dali", "cpu", "torch"] = "auto"
-    """Who decodes and crops."""
-    num_threads: int = 4
-    """Decoding threads per GPU."""
+    num_threads: int | None = 4
+    """Decoding threads of a process. None: one a core, at most 8."""
     on_bad_sample: Literal["raise", "skip"] = "raise"
     """What to do with a sample that fails to decode."""
     skip_budget: float = 0.001
     """Share of the samples that `skip` may replace before it is an error."""
-    hw_decoder_load: float = 0.0
-    """Share of the JPEGs that the GPU's hardware engine decodes with DALI: 0.0 or 1.0, a mix would make a crop
-    depend on its batch."""
 
 
 @dataclass(frozen=True)
@@ -274,20 +247,7 @@ class TrainConfig:
 
     def crops(self) -> Augmentation:
         """Return the crop plan's parameters: the preset with this run's sizes, scales and masks."""
-        data = self.data
-        return dataclasses.replace(
-            augmentation_preset(data.augmentation),
-            global_crops_size=data.global_crops_size,
-            global_crops_scale=data.global_crops_scale,
-            local_crops_size=data.local_crops_size,
-            local_crops_scale=data.local_crops_scale,
-            num_local_crops=data.local_crops_number,
-            patch_size=self.student.patch_size,
-            mask_patch_size=data.mask_patch_size,
-            mask_ratio=data.mask_ratio,
-            flip_prob=data.flip_prob,
-            teacher_photometric=data.teacher_photometric,
-        )
+        return self.data.crops(patch_size=self.student.patch_size)
 
     def uses_cache(self) -> bool:
         """Return whether targets come from the cache; UserError where the flags contradict each other."""

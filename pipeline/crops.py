@@ -54,7 +54,7 @@ class CropRequest:
     """One batch for a backend.
 
     Attributes:
-        jpegs: encoded images, uint8 [bytes] each; views of the shards, valid while the source is open.
+        jpegs: encoded images, uint8 [bytes] each; copies of the shards' bytes.
         sizes: height and width that the plan was made for, int64 [n, 2].
         plan: boxes and photometrics of the n images.
     """
@@ -130,14 +130,14 @@ class CropBackend(Protocol):
 
 @dataclass(frozen=True)
 class BackendOptions:
-    """How a backend runs; none of it but `hw_decoder_load` may change a pixel.
+    """How a backend runs; none of it but `hw_decoder` may change a pixel.
 
     Attributes:
         device: where the crops are made or brought to.
         num_threads: threads that decode and resize.
         max_batch_size: images of the largest request.
-        hw_decoder_load: DALI on a GPU: 0.0 decodes all images with CUDA, 1.0 all with the hardware engine.
-            The two give different pixels, so a mix would make a crop depend on its batch.
+        hw_decoder: DALI on a GPU decodes all images by the hardware engine instead of CUDA. The two give different
+            pixels, so they are never mixed: a crop would depend on its batch.
 
     Raises:
         UserError: a field is out of its range.
@@ -146,14 +146,9 @@ class BackendOptions:
     device: torch.device
     num_threads: int
     max_batch_size: int
-    hw_decoder_load: float = 0.0
+    hw_decoder: bool = False
 
     def __post_init__(self) -> None:
-        if self.hw_decoder_load not in (0.0, 1.0):
-            raise UserError(
-                f"hw_decoder_load is {self.hw_decoder_load}. The hardware engine and the CUDA decoder give "
-                "different pixels, so a mix would make a crop depend on its batch. Choose 0.0 or 1.0."
-            )
         if self.num_threads < 1:
             raise UserError(f"num_threads is {self.num_threads}. It must be at least 1. Change num_threads.")
         if self.max_batch_size < 1:

@@ -243,12 +243,12 @@ def _decoded(jpegs: Any, options: BackendOptions) -> Any:
         output_type=types.RGB,
         adjust_orientation=False,
         jpeg_fancy_upsampling=True,
-        hw_decoder_load=options.hw_decoder_load,
+        hw_decoder_load=float(options.hw_decoder),
         device_memory_padding=_DEVICE_MEMORY_PADDING,
         host_memory_padding=_HOST_MEMORY_PADDING,
         # Only the hardware engine reads these hints; 0 reserves nothing for it.
-        preallocate_height_hint=_PREALLOCATE_SIDE if options.hw_decoder_load else 0,
-        preallocate_width_hint=_PREALLOCATE_SIDE if options.hw_decoder_load else 0,
+        preallocate_height_hint=_PREALLOCATE_SIDE if options.hw_decoder else 0,
+        preallocate_width_hint=_PREALLOCATE_SIDE if options.hw_decoder else 0,
     )
 
 

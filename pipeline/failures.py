@@ -11,6 +11,8 @@ from shards.folder import ShardFolder
 
 POLICIES = ("raise", "skip")
 
+# Samples for which the budget is granted in advance: a few early ones are no verdict on a data set.
+PROBATION = 10_000
 _MAX_NAMED = 10
 _log = logging.getLogger("pipeline")
 
@@ -21,9 +23,7 @@ class FailurePolicy:
 
     Attributes:
         mode: `raise` stops at the first bad sample; `skip` puts another row in its place.
-        budget: share of the samples read that may be bad under `skip`.
-        probation: samples for which the budget is granted in advance: up to `budget * probation` bad ones are
-            accepted before that many samples were read.
+        budget: share of the samples read that may be bad under `skip`; of the first `PROBATION` at once.
         reasons: the bad rows met so far and why.
         num_replaced: samples replaced so far; a row counts once for each time it was due.
         num_samples: samples handed out so far.
@@ -31,7 +31,6 @@ class FailurePolicy:
 
     mode: str = "raise"
     budget: float = 0.001
-    probation: int = 10_000
     reasons: dict[int, str] = field(default_factory=dict)
     num_replaced: int = 0
     num_samples: int = 0
@@ -39,11 +38,8 @@ class FailurePolicy:
     def __post_init__(self) -> None:
         if self.mode not in POLICIES:
             raise UserError(f"policy: {self.mode!r} is unknown. There are: {', '.join(POLICIES)}.")
-        if not 0 <= self.budget <= 1 or self.probation < 0:
-            raise UserError(
-                f"skip budget {self.budget} with probation {self.probation}. The budget is a share from 0 to 1, "
-                "the probation a number of samples. Change skip_budget or skip_probation."
-            )
+        if not 0 <= self.budget <= 1:
+            raise UserError(f"skip budget {self.budget}: it is a share from 0 to 1. Change --skip_budget.")
 
     def report(self, folder: ShardFolder, reasons: Mapping[int, str]) -> None:
         """Take note of bad rows.
@@ -73,11 +69,11 @@ class FailurePolicy:
         """
         self.num_samples += num_samples
         self.num_replaced += num_replaced
-        allowed = self.budget * max(self.num_samples, self.probation)
+        allowed = self.budget * max(self.num_samples, PROBATION)
         if self.num_replaced > allowed:
             raise UserError(
                 f"{self.num_replaced} of {self.num_samples} samples could not be decoded, the skip budget "
-                f"allows {allowed:.1f} ({self.budget:g} of the samples, {self.probation} granted in advance). "
+                f"allows {allowed:.1f} ({self.budget:g} of the samples, {PROBATION} granted in advance). "
                 "Run `make verify-shards` and pack the shards again, or raise skip_budget."
             )
 

@@ -13,6 +13,8 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
+# Longer than any disk or mount takes that still works.
+STALL_SECONDS = 600.0
 _JOIN_SECONDS = 60.0
 _POLL_SECONDS = 0.5
 
@@ -41,18 +43,16 @@ class Feeder(Generic[T]):
     """
 
     def __init__(
-        self, make_items: Callable[[], Iterator[T]], *, depth: int, stall_seconds: float, name: str = "feeder"
+        self, make_items: Callable[[], Iterator[T]], *, depth: int, name: str = "feeder"
     ) -> None:
         """Start the thread.
 
         Args:
             make_items: called once in the thread; must hold no reference to this object's owner.
             depth: items to keep ready.
-            stall_seconds: `get` gives up after waiting this long for an item.
             name: of the thread.
         """
         self._shared: _Shared[T] = _Shared(depth)
-        self._stall_seconds = stall_seconds
         self._thread = threading.Thread(target=_run, args=(self._shared, make_items), name=name, daemon=True)
         self._thread.start()
         self._close = weakref.finalize(self, _stop, self._shared, self._thread)
@@ -62,7 +62,7 @@ class Feeder(Generic[T]):
 
         Raises:
             StopIteration: the iterator has ended, or the feeder is closed.
-            RuntimeError: this is a forked process, or the thread gave nothing for `stall_seconds`.
+            RuntimeError: this is a forked process, or the thread gave nothing for `STALL_SECONDS`.
             BaseException: whatever the iterator raised.
         """
         shared, start = self._shared, time.monotonic()
@@ -79,10 +79,10 @@ class Feeder(Generic[T]):
                 if shared.ended or shared.stop:
                     raise StopIteration
                 waited = time.monotonic() - start
-                if waited > self._stall_seconds:
+                if waited > STALL_SECONDS:
                     raise RuntimeError(
                         f"data loader: no batch for {waited:.0f} s. Reading or decoding hangs, which a dead "
-                        "network mount does too. Check the storage of the shards, or raise stall_seconds."
+                        "network mount does too. Check the storage of the shards, then resume."
                     )
                 shared.changed.wait(_POLL_SECONDS)
             item = shared.items.popleft()

@@ -29,10 +29,8 @@ from pipeline.plan import PLAN_VERSION, crop_plan, global_crops_spec
 from pipeline.readahead import Readahead
 from shards.folder import ShardFolder
 
-STALL_SECONDS = 600.0
-
 _PREFETCH = 2
-# Rows that the kernel is asked for ahead of time where the order has no window.
+# Rows that the kernel is asked for ahead of time: a window of the order.
 _READAHEAD_ROWS = DEFAULT_BLOCK * DEFAULT_WINDOW
 
 
@@ -46,8 +44,6 @@ class _Settings:
     rank: int
     world_size: int
     view_sets: int | None
-    block: int
-    window: int | None
     teacher_crops: bool
     rows: npt.NDArray[np.int64]
 
@@ -69,8 +65,6 @@ class _Settings:
             "augmentation": self.augmentation.fingerprint(),
             "plan_version": PLAN_VERSION,
             "view_sets": self.view_sets,
-            "order_block": self.block,
-            "order_window": self.window,
         }
 
 
@@ -94,7 +88,6 @@ class MultiCropLoader:
         *,
         backend: str,
         state: Mapping[str, Any] | None,
-        stall_seconds: float,
     ) -> None:
         """Start the feeder at the state's position."""
         self.backend, self.backend_reason = choose_backend(backend, options.device)
@@ -107,9 +100,7 @@ class MultiCropLoader:
             self._epoch, self._step = self._epoch + 1, 0
         # The feeder gets no reference to this object, so that dropping it ends the feeder.
         make = functools.partial(_batches, folder, settings, options, failures, self.backend, self._epoch, self._step)
-        self._feeder: Feeder[Ready[MultiCropBatch]] = Feeder(
-            make, depth=_PREFETCH, stall_seconds=stall_seconds, name="multi-crop-feeder"
-        )
+        self._feeder: Feeder[Ready[MultiCropBatch]] = Feeder(make, depth=_PREFETCH, name="multi-crop-feeder")
 
     def __iter__(self) -> MultiCropLoader:
         return self
@@ -162,13 +153,9 @@ def open_loader(
     teacher_crops: bool = True,
     rows: npt.ArrayLike | None = None,
     num_threads: int | None = None,
-    hw_decoder_load: float = 0.0,
-    policy: str = "raise",
+    hw_decoder: bool = False,
+    on_bad_sample: str = "raise",
     skip_budget: float = 0.001,
-    skip_probation: int = 10_000,
-    order_block: int = DEFAULT_BLOCK,
-    order_window: int | None = DEFAULT_WINDOW,
-    stall_seconds: float = STALL_SECONDS,
 ) -> MultiCropLoader:
     """Open the stream of training batches of one rank.
 
@@ -189,14 +176,10 @@ def open_loader(
         teacher_crops: hand out the global crops as a live teacher sees them.
         rows: rows to train on, each once; None for all.
         num_threads: threads that decode and crop; by default the usable cores, at most 8.
-        hw_decoder_load: DALI on a GPU: 0.0 or 1.0, see `BackendOptions`.
-        policy: `raise` stops at a sample that cannot be decoded, `skip` replaces it by the row half an epoch
+        hw_decoder: see `BackendOptions`.
+        on_bad_sample: `raise` stops at a sample that cannot be decoded, `skip` replaces it by the row half an epoch
             away in the order.
         skip_budget: share of the samples that `skip` may replace.
-        skip_probation: samples for which that budget is granted in advance.
-        order_block: rows of a block, see `epoch_order`.
-        order_window: blocks of a window; None shuffles all rows together.
-        stall_seconds: a batch that takes longer is an error.
 
     Raises:
         UserError: a setting is out of its range, the shards were changed, or the state is of another run.
@@ -209,8 +192,6 @@ def open_loader(
         rank=rank,
         world_size=world_size,
         view_sets=view_sets,
-        block=order_block,
-        window=order_window,
         teacher_crops=teacher_crops,
         rows=_checked_rows(folder, rows),
     )
@@ -219,12 +200,10 @@ def open_loader(
         device=resolve_device(device),
         num_threads=default_num_threads() if num_threads is None else num_threads,
         max_batch_size=global_batch_size // world_size,
-        hw_decoder_load=hw_decoder_load,
+        hw_decoder=hw_decoder,
     )
-    failures = FailurePolicy(policy, skip_budget, skip_probation)
-    return MultiCropLoader(
-        folder, settings, options, failures, backend=backend, state=state, stall_seconds=stall_seconds
-    )
+    failures = FailurePolicy(on_bad_sample, skip_budget)
+    return MultiCropLoader(folder, settings, options, failures, backend=backend, state=state)
 
 
 def _checked_rows(folder: ShardFolder, rows: npt.ArrayLike | None) -> npt.NDArray[np.int64]:
@@ -251,7 +230,6 @@ def _check(settings: _Settings, folder: ShardFolder) -> None:
         )
     if s.view_sets is not None and s.view_sets < 1:
         raise UserError(f"view_sets is {s.view_sets}. It must be at least 1, or None without a cache.")
-    epoch_order(1, seed=s.seed, epoch=0, block=s.block, window=s.window)
 
 
 def _position(state: Mapping[str, Any], identity: Mapping[str, Any]) -> tuple[int, int]:
@@ -300,12 +278,11 @@ class _Stream:
     def jobs(self, first_epoch: int, first_step: int) -> Iterator[Job]:
         s = self._settings
         share = s.global_batch_size // s.world_size
-        window = _READAHEAD_ROWS if s.window is None else s.window * s.block
         for epoch in itertools.count(first_epoch):
             order = self._order(epoch)
             used = order[: s.steps_per_epoch * s.global_batch_size]
             mine = used.reshape(s.steps_per_epoch, s.world_size, share)[:, s.rank].reshape(-1)
-            ahead = Readahead(self._folder, mine, window // s.world_size)
+            ahead = Readahead(self._folder, mine, _READAHEAD_ROWS // s.world_size)
             for step in range(first_step if epoch == first_epoch else 0, s.steps_per_epoch):
                 ahead.step(step * share, share)
                 yield self._job(epoch, step)
@@ -376,7 +353,7 @@ class _Stream:
         order = self._orders.get(epoch)
         if order is None:
             s = self._settings
-            order = s.rows[epoch_order(len(s.rows), seed=s.seed, epoch=epoch, block=s.block, window=s.window)]
+            order = s.rows[epoch_order(len(s.rows), seed=s.seed, epoch=epoch)]
             # A job in flight may still be of the epoch before.
             self._orders = {e: o for e, o in self._orders.items() if e == epoch - 1} | {epoch: order}
         return order

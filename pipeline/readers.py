@@ -29,7 +29,6 @@ from shards.folder import ShardFolder
 B = TypeVar("B")
 
 _PREFETCH = 2
-_STALL_SECONDS = 600.0
 _READAHEAD_ROWS = DEFAULT_BLOCK * DEFAULT_WINDOW
 
 _MakePlan = Callable[[npt.NDArray[np.int64], npt.NDArray[np.int64]], CropPlan]
@@ -89,7 +88,7 @@ def read_teacher_crops(
     backend: str = "auto",
     device: str | torch.device = "cpu",
     num_threads: int | None = None,
-    hw_decoder_load: float = 0.0,
+    hw_decoder: bool = False,
 ) -> Iterator[TeacherCropBatch]:
     """Read given batches of rows in their order; one batch of crops for each.
 
@@ -105,7 +104,7 @@ def read_teacher_crops(
         backend: `auto`, `dali`, `cpu` or `torch`.
         device: where the crops are wanted.
         num_threads: threads that decode and crop; by default the usable cores, at most 8.
-        hw_decoder_load: DALI on a GPU: 0.0 or 1.0, see `BackendOptions`.
+        hw_decoder: see `BackendOptions`.
 
     Raises:
         UserError: at the call for settings and shards, while iterating for a sample that cannot be decoded.
@@ -130,7 +129,7 @@ def read_teacher_crops(
         )
 
     global_only = augmentation.global_only()
-    options = _options(device, num_threads, batches, hw_decoder_load)
+    options = _options(device, num_threads, batches, hw_decoder)
     return _read(folder, batches, teacher_work(augmentation), options, backend, plan, assemble)
 
 
@@ -144,7 +143,7 @@ def read_center_crops(
     device: str | torch.device = "cpu",
     batch_size: int = 64,
     num_threads: int | None = None,
-    hw_decoder_load: float = 0.0,
+    hw_decoder: bool = False,
 ) -> Iterator[CenterCropBatch]:
     """Read the centre crops of rows in their order, the last batch partial.
 
@@ -157,14 +156,14 @@ def read_center_crops(
         device: where the crops are wanted.
         batch_size: images of a batch.
         num_threads: threads that decode and crop.
-        hw_decoder_load: DALI on a GPU: 0.0 or 1.0, see `BackendOptions`.
+        hw_decoder: see `BackendOptions`.
 
     Raises:
         UserError: at the call for settings and shards, while iterating for a sample that cannot be decoded.
     """
     folder = ShardFolder(shards)
     batches = in_batches(rows, batch_size)
-    options = _options(device, num_threads, batches, hw_decoder_load)
+    options = _options(device, num_threads, batches, hw_decoder)
     center_crop_plan(np.ones((1, 2)), crop_ratio=crop_ratio)
 
     def plan(_: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64]) -> CropPlan:
@@ -182,11 +181,11 @@ def _options(
     device: str | torch.device,
     num_threads: int | None,
     batches: Sequence[npt.NDArray[np.int64]],
-    hw_decoder_load: float,
+    hw_decoder: bool,
 ) -> BackendOptions:
     batch_size = max((len(rows) for rows in batches), default=1)
     threads = default_num_threads() if num_threads is None else num_threads
-    return BackendOptions(resolve_device(device), threads, batch_size, hw_decoder_load)
+    return BackendOptions(resolve_device(device), threads, batch_size, hw_decoder)
 
 
 def _read(
@@ -210,7 +209,7 @@ def _read(
 
 
 def _iterate(make: Callable[[], Iterator[Ready[B]]]) -> Iterator[B]:
-    feeder = Feeder(make, depth=_PREFETCH, stall_seconds=_STALL_SECONDS, name="crop-reader")
+    feeder = Feeder(make, depth=_PREFETCH, name="crop-reader")
     try:
         while True:
             try:

@@ -24,11 +24,9 @@ def student_knn(student: nn.Module, config: TrainConfig, device: torch.device) -
             shards,
             range(rows if limit is None else min(rows, limit)),
             size=config.data.global_crops_size,
-            backend=config.data.backend,
             device=device,
             batch_size=config.optim.batch_size_per_gpu,
-            num_threads=config.data.num_threads,
-            hw_decoder_load=config.data.hw_decoder_load,
+            **config.data.reading(),
         )
 
     bank = crops(config.data.data_path, config.runtime.knn_max_rows)

@@ -26,6 +26,7 @@ from distill.targets import TeacherTargets
 from distill.teacher import FrozenTeacher, load_teacher
 from pipeline.batch import MultiCropBatch
 from pipeline.loader import open_loader
+from pipeline.options import ReadOptions
 from shards.format import load_manifest
 from shards.index import load_index
 from shards.pack import pack
@@ -36,6 +37,8 @@ CPU = torch.device("cpu")
 # The same image in a batch of another shape: fp32 sums of 64 to 256 products in another order, two blocks deep, on
 # tokens of the final norm (of order 1). 2^-24 * sqrt(256) * about 20 operations.
 TEACHER_NOISE = 2e-5
+
+READING = ReadOptions(backend="cpu", num_threads=1).reading()
 
 
 def write_images(folder: Path, *, changed: int | None = None) -> Path:
@@ -74,7 +77,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]
     build = ["build", "--cache", str(root / "cache"), "--view_sets", "2", "--calibration_rows", "8", *flags]
     assert main(build) == 0
     options = TeacherOptions(
-        shards=root / "shards", global_crops_size=SIZE, global_crops_scale=(0.3, 1.0), seed=5, backend="cpu"
+        shards=root / "shards", global_crops_size=SIZE, global_crops_scale=(0.3, 1.0), data_seed=5, backend="cpu"
     )
     teacher = load_teacher(TeacherConfig(teacher_arch=f"local-dir:{root / 'teacher'}"), img_size=SIZE, device=CPU)
     yield SimpleNamespace(
@@ -91,7 +94,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]
 def expected_fingerprint(world: SimpleNamespace, **changes: object) -> dict[str, object]:
     arguments = {
         "manifest": load_manifest(world.shards),
-        "augmentation": world.options.crops(),
+        "augmentation": world.options.teacher_crops(),
         "seed": 5,
         "teacher": world.teacher.fingerprint(),
         "decoder": "cpu-cpu",
@@ -111,7 +114,7 @@ def open_batches(
 ) -> Iterator[MultiCropBatch]:
     loader = open_loader(
         shards, backend=backend, device="cpu", global_batch_size=4, rank=0, world_size=1, seed=5,
-        augmentation=world.options.crops(), view_sets=view_sets, teacher_crops=True, num_threads=1,
+        augmentation=world.options.teacher_crops(), view_sets=view_sets, teacher_crops=True, num_threads=1,
     )  # fmt: skip
     with loader:
         for _, batch in zip(range(2 * loader.steps_per_epoch), loader, strict=False):
@@ -131,8 +134,8 @@ def test_cached_targets_of_the_training_loader_equal_the_live_teacher_within_the
 def test_cached_equals_live_with_the_dali_backend_too(world: SimpleNamespace, tmp_path: Path) -> None:
     pytest.importorskip("nvidia.dali", reason="needs the nvidia-dali package")
     build_cache(
-        world.shards, tmp_path, teacher=world.teacher, augmentation=world.options.crops(), seed=5, view_sets=1,
-        batch_size=4, backend="dali", num_threads=1, calibration_rows=8, progress=False,
+        world.shards, tmp_path, teacher=world.teacher, augmentation=world.options.teacher_crops(), seed=5, view_sets=1,
+        batch_size=4, reading=ReadOptions(backend="dali", num_threads=1).reading(), calibration_rows=8, progress=False,
     )  # fmt: skip
     expect = expected_fingerprint(world, decoder="dali-cpu")
     with TeacherCache.open(tmp_path, expect=expect) as cache:
@@ -189,7 +192,7 @@ def test_what_does_not_touch_the_teacher_may_change_under_a_cache(world: SimpleN
     from dataclasses import replace
 
     other = replace(
-        world.options.crops(), patch_size=PATCH, mask_patch_size=16, mask_ratio=0.3, num_local_crops=4,
+        world.options.teacher_crops(), patch_size=PATCH, mask_patch_size=16, mask_ratio=0.3, num_local_crops=4,
         local_crops_size=16, gray_prob=0.9, brightness=0.1,
     )  # fmt: skip
     TeacherCache.open(world.cache, expect=expected_fingerprint(world, augmentation=other)).close()
@@ -207,8 +210,8 @@ def test_same_build_again_writes_nothing_and_grows_by_view_sets(
 def test_two_ranks_of_the_real_builder_write_the_bytes_of_one(world: SimpleNamespace, tmp_path: Path) -> None:
     for rank in (0, 1):
         build_cache(
-            world.shards, tmp_path / "cache", teacher=world.teacher, augmentation=world.options.crops(), seed=5,
-            view_sets=2, batch_size=4, backend="cpu", num_threads=1, rank=rank, world_size=2, calibration_rows=8,
+            world.shards, tmp_path / "cache", teacher=world.teacher, augmentation=world.options.teacher_crops(), seed=5,
+            view_sets=2, batch_size=4, reading=READING, rank=rank, world_size=2, calibration_rows=8,
             progress=False,
         )  # fmt: skip
     for path in sorted(world.cache.rglob("*")):
@@ -325,6 +328,6 @@ def test_teacher_overflow_in_the_real_teacher_is_an_error(world: SimpleNamespace
     loud.__dict__.update(world.teacher.__dict__)
     with pytest.raises(ValueError, match=r"cls token: largest magnitude .*, fp16 holds 65504"):
         build_cache(
-            world.shards, tmp_path / "cache", teacher=loud, augmentation=world.options.crops(), seed=5, batch_size=4,
-            backend="cpu", num_threads=1, progress=False,
+            world.shards, tmp_path / "cache", teacher=loud, augmentation=world.options.teacher_crops(), seed=5,
+            batch_size=4, reading=READING, progress=False,
         )  # fmt: skip

@@ -95,5 +95,5 @@ def test_teacher_check_of_an_augmentation_that_flags_cannot_give_is_refused(tmp_
         )
         fingerprint["crops"] = {"geometry": geometry, "seed": 3}
         options = Verify(tmp_path, shards=tmp_path).teacher_options(fingerprint)
-        assert (options.augmentation, options.seed, options.teacher_arch) == (name, 3, "x")
-        assert json.loads(json.dumps(options.crops().geometry_fingerprint())) == geometry
+        assert (options.augmentation, options.data_seed, options.teacher_arch) == (name, 3, "x")
+        assert json.loads(json.dumps(options.teacher_crops().geometry_fingerprint())) == geometry

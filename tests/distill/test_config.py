@@ -11,13 +11,15 @@ from common.errors import UserError
 from distill.config import LOSS_PRESETS, DataConfig, TrainConfig, preset
 from distill.run_folder import load_config, write_or_check_config
 from distill.runtime import parse_config, step_seed
+from pipeline.augmentation import preset as augmentation_preset
+from pipeline.options import CropOptions
 
 DOCUMENTED_DEFAULTS = {
     "arch": "vit_small", "patch_size": 16, "teacher_arch": "vit_large_patch16_dinov3.lvd1689m",
     "teacher_pretrained_weights": None, "cache_path": None, "epochs": 100.0, "lr": 5e-4, "batch_size_per_gpu": 64,
     "dino_loss_weight": 1.0, "ibot_loss_weight": 1.0, "koleo_loss_weight": 0.1, "spd_loss_weight": 1.0,
-    "cls_loss_weight": 1.0, "global_crops_scale": (0.4, 1.0), "global_crops_size": 224,
-    "local_crops_scale": (0.05, 0.4), "local_crops_number": 8, "local_crops_size": 96, "mask_patch_size": 32,
+    "cls_loss_weight": 1.0, "global_crops_scale": None, "global_crops_size": 224,
+    "local_crops_scale": None, "local_crops_number": 8, "local_crops_size": 96, "mask_patch_size": 32,
     "mask_ratio": 0.4, "data_path": "", "output_dir": "runs/default",
 }  # fmt: skip
 
@@ -30,6 +32,8 @@ def flat(config: TrainConfig) -> dict[str, object]:
 def test_every_documented_flag_has_its_documented_default() -> None:
     values = flat(parse_config([]))
     assert {name: values[name] for name in DOCUMENTED_DEFAULTS} == DOCUMENTED_DEFAULTS
+    crops = TrainConfig().crops()  # None is the preset's own
+    assert (crops.global_crops_scale, crops.local_crops_scale) == ((0.4, 1.0), (0.05, 0.4))
 
 
 def test_no_flag_name_stands_in_two_groups() -> None:
@@ -92,6 +96,22 @@ def test_the_crop_plan_takes_its_sizes_from_the_run() -> None:
     config = TrainConfig(data=DataConfig(global_crops_size=128, local_crops_number=3, mask_ratio=0.3))
     crops = config.crops()
     assert (crops.global_crops_size, crops.num_local_crops, crops.mask_ratio, crops.patch_size) == (128, 3, 0.3, 16)
+
+
+@pytest.mark.parametrize(
+    ("name", "scales"),
+    [("dino", ((0.4, 1.0), (0.05, 0.4))), ("dinov2_released", ((0.32, 1.0), (0.05, 0.32)))],
+)
+def test_a_preset_of_crops_keeps_its_own_scales_unless_a_flag_changes_them(name: str, scales: object) -> None:
+    config = parse_config(["--augmentation", name])
+    crops = config.crops()
+    assert (crops.global_crops_scale, crops.local_crops_scale) == scales
+    assert crops == augmentation_preset(name)
+    # A cache that is built with the same flag has the same crops.
+    built = CropOptions(augmentation=name).teacher_crops()
+    assert built.geometry_fingerprint() == crops.geometry_fingerprint()
+    changed = parse_config(["--augmentation", name, "--global_crops_scale", "0.2", "0.9"]).crops()
+    assert (changed.global_crops_scale, changed.local_crops_scale) == ((0.2, 0.9), scales[1])  # type: ignore[index]
 
 
 def test_the_teacher_flag_and_the_cache_path_may_not_contradict_each_other() -> None:

@@ -91,7 +91,6 @@ def _cut(jpeg):
 def _open(folder, backend="cpu", **changes):
     arguments = {
         "device": "cpu", "global_batch_size": BATCH, "seed": 1, "augmentation": SMALL, "num_threads": 1,
-        "order_block": 4, "order_window": 2,
     }  # fmt: skip
     return open_loader(folder, backend=backend, **(arguments | changes))
 
@@ -108,7 +107,7 @@ def _key(folder, row):
 
 def _due(row):
     """Epoch-0 step at which a row is read."""
-    return int(np.flatnonzero(epoch_order(ROWS, seed=1, epoch=0, block=4, window=2) == row)[0]) // BATCH
+    return int(np.flatnonzero(epoch_order(ROWS, seed=1, epoch=0) == row)[0]) // BATCH
 
 
 @pytest.mark.parametrize("damage", [_garbage, _cut])
@@ -139,14 +138,14 @@ def test_on_a_gpu_a_row_that_is_no_jpeg_is_named_and_replaced_too(plant, backend
             next(loader)
         with pytest.raises(UserError, match=rf"row {row} \(key {_key(folder, row)}\): "):
             next(loader)
-    skip = {"policy": "skip", "skip_budget": 0.5}
+    skip = {"on_bad_sample": "skip", "skip_budget": 0.5}
     ours, _ = _take(folder, ROWS // BATCH, backend, device="cuda", **skip)
     theirs, _ = _take(folder, ROWS // BATCH, "cpu", **skip)
     assert [b.rows.tolist() for b in ours] == [b.rows.tolist() for b in theirs]
 
 
 def test_several_bad_rows_of_a_batch_are_all_named(plant, backend):
-    order = epoch_order(ROWS, seed=1, epoch=0, block=4, window=2)
+    order = epoch_order(ROWS, seed=1, epoch=0)
     bad = sorted(order[[4, 6]].tolist())
     folder = plant(jpegs=dict.fromkeys(bad, _garbage))
     with _open(folder, backend) as loader:
@@ -171,10 +170,10 @@ def test_policy_skip_puts_the_row_half_an_epoch_away_in_its_place(plant, backend
     bad = 13
     folder = plant(jpegs={bad: _garbage})
     steps = ROWS // BATCH
-    batches, loader = _take(folder, 2 * steps, backend, policy="skip", skip_budget=0.5)
+    batches, loader = _take(folder, 2 * steps, backend, on_bad_sample="skip", skip_budget=0.5)
     good, _ = _take(good_shards, 2 * steps, backend)
     for epoch in range(2):
-        order = epoch_order(ROWS, seed=1, epoch=epoch, block=4, window=2)
+        order = epoch_order(ROWS, seed=1, epoch=epoch)
         place = int(np.flatnonzero(order == bad)[0])
         expected = order.copy()
         expected[place] = order[(place + ROWS // 2) % ROWS]
@@ -195,7 +194,7 @@ def test_policy_skip_puts_the_row_half_an_epoch_away_in_its_place(plant, backend
 
 def test_skipping_is_the_same_for_every_world_size_and_after_resume(plant):
     folder = plant(jpegs={2: _garbage, 13: _cut, 14: _garbage})
-    skip = {"policy": "skip", "skip_budget": 0.5}
+    skip = {"on_bad_sample": "skip", "skip_budget": 0.5}
     whole, _ = _take(folder, 8, **skip)
     halves = [_take(folder, 8, rank=r, world_size=2, **skip)[0] for r in range(2)]
     with _open(folder, **skip) as loader:
@@ -214,38 +213,41 @@ def test_skipping_is_the_same_for_every_world_size_and_after_resume(plant):
 
 
 def test_a_substitute_that_is_bad_too_is_passed_over(plant):
-    order = epoch_order(ROWS, seed=1, epoch=0, block=4, window=2)
+    order = epoch_order(ROWS, seed=1, epoch=0)
     first, second = int(order[1]), int(order[1 + ROWS // 2])
     folder = plant(jpegs={first: _garbage, second: _garbage})
-    batches, _ = _take(folder, 1, policy="skip", skip_budget=0.5)
+    batches, _ = _take(folder, 1, on_bad_sample="skip", skip_budget=0.5)
     assert batches[0].rows.tolist() == [order[0], order[2 + ROWS // 2], order[2], order[3]]
 
 
-def test_skipping_beyond_the_budget_stops_with_the_numbers(plant):
+def test_skipping_beyond_the_budget_stops_with_the_numbers(plant, monkeypatch):
+    monkeypatch.setattr("pipeline.failures.PROBATION", 10)
     folder = plant(jpegs=dict.fromkeys(range(6), _garbage))
     with (
-        _open(folder, policy="skip", skip_budget=0.1, skip_probation=10) as loader,
+        _open(folder, on_bad_sample="skip", skip_budget=0.1) as loader,
         pytest.raises(UserError, match=r"samples could not be decoded, the skip budget allows"),
     ):
         for _ in range(ROWS // BATCH):
             next(loader)
 
 
-def test_probation_grants_the_budget_in_advance(plant):
-    order = epoch_order(ROWS, seed=1, epoch=0, block=4, window=2)
+def test_probation_grants_the_budget_in_advance(plant, monkeypatch):
+    order = epoch_order(ROWS, seed=1, epoch=0)
+    monkeypatch.setattr("pipeline.failures.PROBATION", 100)
     folder = plant(jpegs={int(order[0]): _garbage})
-    batches, _ = _take(folder, 1, policy="skip", skip_budget=0.01, skip_probation=100)
+    batches, _ = _take(folder, 1, on_bad_sample="skip", skip_budget=0.01)
     assert len(batches) == 1
+    monkeypatch.setattr("pipeline.failures.PROBATION", 99)
     with (
         pytest.raises(UserError, match="1 of 4 samples"),
-        _open(folder, policy="skip", skip_budget=0.01, skip_probation=99) as loader,
+        _open(folder, on_bad_sample="skip", skip_budget=0.01) as loader,
     ):
         next(loader)
 
 
 def test_all_rows_bad_is_an_error_under_skip(plant):
     folder = plant(jpegs=dict.fromkeys(range(ROWS), _garbage))
-    with _open(folder, policy="skip", skip_budget=1.0) as loader, pytest.raises(UserError, match="all 24 rows"):
+    with _open(folder, on_bad_sample="skip", skip_budget=1.0) as loader, pytest.raises(UserError, match="all 24 rows"):
         next(loader)
 
 

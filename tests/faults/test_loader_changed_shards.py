@@ -76,7 +76,7 @@ def test_a_changed_shard_is_refused_even_where_bad_samples_are_skipped(shards):
     content[offset + 50] ^= 255
     tar.write_bytes(bytes(content))
     loader = open_loader(
-        shards, device="cpu", backend="cpu", global_batch_size=5, seed=0, augmentation=SMALL, policy="skip",
+        shards, device="cpu", backend="cpu", global_batch_size=5, seed=0, augmentation=SMALL, on_bad_sample="skip",
         skip_budget=1.0,
     )  # fmt: skip
     with loader, pytest.raises(UserError, match=r"row 3 .*crc32c"):

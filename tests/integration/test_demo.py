@@ -8,8 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from demo.__main__ import crops
 from demo.images import compose_images
+from demo.settings import CROPS, STUDENT_FLAGS, crop_flags
+from distill.runtime import parse_config
 from shards.format import load_manifest
 
 from .conftest import ROOT
@@ -58,12 +59,15 @@ def test_no_scan_is_in_both_train_and_val_and_the_same_seed_gives_the_same_bytes
     assert len({p.parts[1] for p in files if p.parts[0] == "val"}) == 10
 
 
-def test_the_demos_crops_are_those_that_its_flags_ask_for() -> None:
-    augmentation = crops()
-    assert (augmentation.global_crops_size, augmentation.local_crops_size, augmentation.patch_size) == (48, 24, 8)
-    assert (augmentation.global_crops_scale, augmentation.local_crops_scale) == ((0.5, 1.0), (0.3, 0.7))
-    assert augmentation.num_local_crops == 4
-    assert (augmentation.flip_prob, augmentation.mask_patch_size) == (0.0, 8)
+def test_the_flags_of_the_demo_ask_for_its_own_crops() -> None:
+    flags = [str(word) for word in crop_flags(3)]
+    asked = parse_config([*flags, *STUDENT_FLAGS])
+    assert asked.crops() == CROPS.crops(patch_size=8)
+    assert asked.data.data_seed == 3
+    crops = asked.crops()
+    assert (crops.global_crops_size, crops.local_crops_size, crops.num_local_crops) == (48, 24, 4)
+    assert (crops.global_crops_scale, crops.local_crops_scale) == ((0.5, 1.0), (0.3, 0.7))
+    assert (crops.flip_prob, crops.mask_patch_size) == (0.0, 8)
 
 
 def test_the_demo_set_packs_into_shards_with_ten_classes(tmp_path: Path) -> None:

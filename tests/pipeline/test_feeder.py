@@ -12,8 +12,8 @@ from pipeline.feeder import Feeder, _stop
 PATIENCE = 60.0  # seconds until a test that hangs gives up
 
 
-def _feeder(make, *, depth=2, stall_seconds=PATIENCE):
-    return Feeder(make, depth=depth, stall_seconds=stall_seconds)
+def _feeder(make, *, depth=2):
+    return Feeder(make, depth=depth)
 
 
 def _wait_until(condition):
@@ -107,14 +107,15 @@ def test_dropping_the_feeder_ends_its_thread():
     assert not thread.is_alive()
 
 
-def test_an_iterator_that_hangs_is_an_error_after_the_stall_time():
+def test_an_iterator_that_hangs_is_an_error_after_the_stall_time(monkeypatch):
+    monkeypatch.setattr("pipeline.feeder.STALL_SECONDS", 0.2)
     hang = threading.Event()
 
     def items():
         hang.wait(PATIENCE)
         yield 1
 
-    feeder = _feeder(items, stall_seconds=0.2)
+    feeder = _feeder(items)
     with pytest.raises(RuntimeError, match="data loader: no batch for"):
         feeder.get()
     hang.set()

@@ -85,8 +85,10 @@ class ProbeConfig:
     """Grid of lbfgs."""
     learning_rates: tuple[float, ...] = SgdProtocol().learning_rates
     """Grid of sgd, for 256 images a step."""
-    sgd_steps: int = SgdProtocol().steps
-    """Steps of sgd."""
+    epochs: int = SgdProtocol().epochs
+    """Epochs of sgd."""
+    batch_size: int = SgdProtocol().batch_size
+    """Rows a step of sgd."""
     held_out: float = 0.1
     """Share of train that chooses strength, learning rate and feature set."""
     max_train_rows: int | None = None
@@ -97,7 +99,7 @@ class ProbeConfig:
     """Seed of samples, the held-out part and the random weights."""
     ema: bool = True
     """Probe the EMA of the student where the run keeps one; --no_ema probes the trained weights."""
-    batch_size: int = 256
+    feature_batch_size: int = 256
     """Images per forward pass."""
     backend: Literal["auto", "dali", "cpu", "torch"] = "auto"
     """Who decodes and crops."""
@@ -146,7 +148,7 @@ class Stage:
             crop_ratio=self.config.crop_ratio,
             backend=self.backend,
             device=self.device,
-            batch_size=self.config.batch_size,
+            batch_size=self.config.feature_batch_size,
         )
         with tqdm(total=len(rows), desc=what, unit=" images", disable=None) as progress:
             for batch in batches:
@@ -360,7 +362,7 @@ def linear_protocol(config: ProbeConfig) -> LinearProtocol:
         held_out=config.held_out,
         seed=config.seed,
         lbfgs=LbfgsProtocol(regularisations=config.regularisations),
-        sgd=SgdProtocol(learning_rates=config.learning_rates, steps=config.sgd_steps),
+        sgd=SgdProtocol(config.learning_rates, config.epochs, config.batch_size),
     )
 
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
 from common.errors import UserError
-from distill.evaluation import sgd_probe
 from distill.evaluation.features import Features, FeatureSet
-from distill.evaluation.lbfgs import fit_logistic
+from distill.evaluation.logistic import LinearFits, fit_logistic
+from distill.evaluation.sgd_probe import SgdProtocol, fit_sgd
 from distill.evaluation.split import held_out_split
 
 
@@ -21,13 +21,13 @@ class LbfgsProtocol:
     """Logistic regression by L-BFGS on standardised features.
 
     Attributes:
-        regularisations: lambda of mean cross-entropy + lambda / 2 ||W||^2, fitted all at once.
-        tolerance: on the largest gradient entry.
+        regularisations: lambda of mean cross-entropy + lambda / 2 ||W||^2.
+        tolerance: share of the objective by which it may be above its optimum.
         max_iterations: limit of L-BFGS iterations.
     """
 
     regularisations: tuple[float, ...] = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-    tolerance: float = 1e-5
+    tolerance: float = 1e-2
     max_iterations: int = 1000
 
     def __post_init__(self) -> None:
@@ -54,7 +54,7 @@ class LinearProtocol:
     held_out: float = 0.1
     seed: int = 0
     lbfgs: LbfgsProtocol = field(default_factory=LbfgsProtocol)
-    sgd: sgd_probe.SgdProtocol = field(default_factory=sgd_probe.SgdProtocol)
+    sgd: SgdProtocol = field(default_factory=SgdProtocol)
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class LinearResult:
         setting: the chosen lambda or base learning rate.
         at_grid_edge: the choice is the smallest or the largest offered and better than the one next to it:
             the best may lie outside.
-        unconverged: how many of the fits, the last one included, reached the iteration limit (L-BFGS).
+        unconverged: how many of the fits, the last one included, stopped short of the optimum (L-BFGS).
     """
 
     features: str
@@ -154,68 +154,65 @@ class _Data:
 
 
 def _solve_lbfgs(name: str, data: _Data, protocol: LinearProtocol) -> LinearResult:
-    settings = protocol.lbfgs
     # Strongest first: of equal accuracies on the held-out part, the first is taken.
-    grid = sorted(settings.regularisations, reverse=True)
+    grid = sorted(protocol.lbfgs.regularisations, reverse=True)
     mean, scale = _standardisation(data.train[: data.num_fit])
-    train = data.train.sub_(mean).mul_(scale)  # in place: the largest matrix of the probe
-    common = {
-        "num_classes": len(data.classes),
-        "tolerance": settings.tolerance,
-        "max_iterations": settings.max_iterations,
-    }
-    fits = fit_logistic(
-        train[: data.num_fit],
-        data.labels[: data.num_fit],
-        regularisations=grid,
-        **common,  # type: ignore[arg-type]
-    )
-    correct = fits.predict(train[data.num_fit :]) == data.labels[data.num_fit :]
-    held_out = 100 * correct.double().mean(dim=1)
-    chosen = int(held_out.argmax())
-    one = slice(chosen, chosen + 1)
-    start = type(fits)(fits.weight[one], fits.bias[one], fits.loss[one], fits.converged[one], 0)
-    final = fit_logistic(train, data.labels, regularisations=grid[one], start=start, **common)  # type: ignore[arg-type]
-    predicted = data.classes[final.predict((data.val - mean) * scale)[0]]
-    return LinearResult(
-        features=name,
-        top1=100 * (predicted == data.val_labels).double().mean().item(),
-        held_out_top1=held_out[chosen].item(),
-        setting=grid[chosen],
-        at_grid_edge=_at_edge(held_out, chosen),
-        unconverged=int((~fits.converged).sum()) + int((~final.converged).sum()),
-    )
+    # In place: the largest matrix of the probe.
+    data = replace(data, train=data.train.sub_(mean).mul_(scale), val=(data.val - mean) * scale)
+
+    def fit(rows: int, strengths: list[float], start: tuple[Tensor, Tensor] | None = None) -> LinearFits:
+        return fit_logistic(
+            data.train[:rows],
+            data.labels[:rows],
+            num_classes=len(data.classes),
+            regularisations=strengths,
+            tolerance=protocol.lbfgs.tolerance,
+            max_iterations=protocol.lbfgs.max_iterations,
+            start=start,
+        )
+
+    fits = fit(data.num_fit, grid)
+    held_out, chosen = _held_out(fits, data)
+    final = fit(len(data.train), [grid[chosen]], (fits.weight[chosen], fits.bias[chosen]))
+    unconverged = int((~fits.converged).sum()) + int((~final.converged).sum())
+    return _result(name, data, held_out, chosen, grid[chosen], final, unconverged)
 
 
 def _solve_sgd(name: str, data: _Data, protocol: LinearProtocol) -> LinearResult:
     rates = sorted(protocol.sgd.learning_rates)
-    fits = sgd_probe.fit_sgd(
-        data.train[: data.num_fit],
-        data.labels[: data.num_fit],
-        num_classes=len(data.classes),
-        learning_rates=rates,
-        protocol=protocol.sgd,
-        seed=protocol.seed,
-    )
+
+    def fit(rows: int, chosen: list[float]) -> LinearFits:
+        return fit_sgd(
+            data.train[:rows],
+            data.labels[:rows],
+            num_classes=len(data.classes),
+            learning_rates=chosen,
+            protocol=protocol.sgd,
+            seed=protocol.seed,
+        )
+
+    held_out, chosen = _held_out(fit(data.num_fit, rates), data)
+    return _result(name, data, held_out, chosen, rates[chosen], fit(len(data.train), [rates[chosen]]), 0)
+
+
+def _held_out(fits: LinearFits, data: _Data) -> tuple[Float[Tensor, " p"], int]:
+    """Percent right on the held-out part of each classifier, and the first of the best."""
     correct = fits.predict(data.train[data.num_fit :]) == data.labels[data.num_fit :]
     held_out = 100 * correct.double().mean(dim=1)
-    chosen = int(held_out.argmax())
-    final = sgd_probe.fit_sgd(
-        data.train,
-        data.labels,
-        num_classes=len(data.classes),
-        learning_rates=[rates[chosen]],
-        protocol=protocol.sgd,
-        seed=protocol.seed,
-    )
+    return held_out, int(held_out.argmax())
+
+
+def _result(
+    name: str, data: _Data, held_out: Tensor, chosen: int, setting: float, final: LinearFits, unconverged: int
+) -> LinearResult:
     predicted = data.classes[final.predict(data.val)[0]]
     return LinearResult(
         features=name,
         top1=100 * (predicted == data.val_labels).double().mean().item(),
         held_out_top1=held_out[chosen].item(),
-        setting=rates[chosen],
+        setting=setting,
         at_grid_edge=_at_edge(held_out, chosen),
-        unconverged=0,
+        unconverged=unconverged,
     )
 
 

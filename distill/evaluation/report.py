@@ -193,7 +193,7 @@ def _notes(report: ProbeReport) -> list[str]:
             notes.append(f"{model.name}: chosen at the edge of the grid, a wider one may be better: {edges}")
         unconverged = sum(result.unconverged for result in model.linear)
         if unconverged:
-            notes.append(f"{model.name}: {unconverged} linear fits stopped at the iteration limit")
+            notes.append(f"{model.name}: {unconverged} linear fits stopped short of the optimum")
     return notes
 
 

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from common.errors import UserError
-from distill.evaluation.lbfgs import LogisticFit
+from distill.evaluation.logistic import LinearFits
 
 DINOV2_LEARNING_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
 
@@ -22,21 +22,21 @@ class SgdProtocol:
 
     Attributes:
         learning_rates: base rates; the rate is base * batch_size / 256.
-        steps: optimizer steps (10 epochs of 1,250 in DINOv2).
+        epochs: passes over the rows.
         batch_size: rows a step; all rows where there are fewer.
         momentum: of SGD; no weight decay.
     """
 
     learning_rates: tuple[float, ...] = DINOV2_LEARNING_RATES
-    steps: int = 12_500
+    epochs: int = 10
     batch_size: int = 1024
     momentum: float = 0.9
 
     def __post_init__(self) -> None:
-        if not self.learning_rates or min(self.learning_rates) <= 0 or self.steps < 1:
+        if not self.learning_rates or min(self.learning_rates) <= 0 or min(self.epochs, self.batch_size) < 1:
             raise UserError(
-                f"--learning_rates {self.learning_rates}, --sgd_steps {self.steps}: rates must be above 0, and "
-                "there must be one rate and one step at least."
+                f"--learning_rates {self.learning_rates}, --epochs {self.epochs}, --batch_size {self.batch_size}: "
+                "rates must be above 0, and there must be one rate, one epoch and one row a step at least."
             )
 
 
@@ -48,18 +48,18 @@ def fit_sgd(
     learning_rates: Sequence[float],
     protocol: SgdProtocol,
     seed: int,
-) -> LogisticFit:
+) -> LinearFits:
     """Train one linear classifier a learning rate, all on the same batches.
 
-    SGD with momentum, cosine decay to zero over the steps, weights from N(0, 0.01^2), biases zero. Rows are
-    reshuffled every epoch; an epoch's last partial batch is dropped.
+    SGD with momentum, cosine decay to zero, weights from N(0, 0.01^2), biases zero. Rows are reshuffled every epoch;
+    an epoch's last partial batch is dropped.
 
     Args:
         features: fp32 [n, d], as extracted (not standardised).
         labels: 0 .. num_classes - 1.
         num_classes: c.
         learning_rates: base rates, one classifier each.
-        protocol: steps, batch size and momentum.
+        protocol: epochs, batch size and momentum.
         seed: of initialisation and order; drawn on the CPU, so it does not depend on the device.
 
     Returns:
@@ -73,13 +73,13 @@ def fit_sgd(
     bias = features.new_zeros(len(learning_rates), num_classes)
     weight_velocity, bias_velocity = torch.zeros_like(weight), torch.zeros_like(bias)
     peak = torch.tensor(list(learning_rates)).to(features) * (batch_size / 256)
-    order, place = torch.empty(0, dtype=torch.int64), 0
     loss = features.new_zeros(len(learning_rates))
-    for step in range(protocol.steps):
-        if place + batch_size > len(order):
-            order, place = torch.randperm(len(labels), generator=generator), 0
-        rows = order[place : place + batch_size].to(features.device)
-        place += batch_size
+    steps_per_epoch = len(labels) // batch_size
+    num_steps = protocol.epochs * steps_per_epoch
+    for step in range(num_steps):
+        if step % steps_per_epoch == 0:
+            order = torch.randperm(len(labels), generator=generator).to(features.device)
+        rows = order[step % steps_per_epoch * batch_size :][:batch_size]
         batch, target = features[rows], labels[rows]
         logits = torch.addmm(bias.flatten(), batch, weight.flatten(0, 1).T).unflatten(1, bias.shape)  # [r, p, c]
         log_probs = logits.log_softmax(dim=2)
@@ -87,15 +87,14 @@ def fit_sgd(
         error = log_probs.exp().scatter_add(2, index, torch.full_like(logits[:, :, :1], -1.0)) / batch_size
         weight_velocity.mul_(protocol.momentum).add_((error.flatten(1).T @ batch).view_as(weight))
         bias_velocity.mul_(protocol.momentum).add_(error.sum(dim=0))
-        rate = peak * (0.5 * (1 + math.cos(math.pi * step / protocol.steps)))
+        rate = peak * (0.5 * (1 + math.cos(math.pi * step / num_steps)))
         weight -= rate[:, None, None] * weight_velocity
         bias -= rate[:, None] * bias_velocity
-        if step == protocol.steps - 1:
+        if step == num_steps - 1:
             loss = -log_probs.gather(2, index).mean(dim=(0, 2))
-    return LogisticFit(
+    return LinearFits(
         weight=weight,
         bias=bias,
         loss=loss.double(),
         converged=torch.ones(len(learning_rates), dtype=torch.bool, device=features.device),
-        iterations=protocol.steps,
     )

@@ -71,7 +71,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Fixture:
     writer.wait()
     (run / "metrics.jsonl").write_text('{"step": 10, "epoch": 0.5, "loss": 2.0, "knn_top1": 40.0}\n')
     options = probe.ProbeConfig(
-        run=str(run), knn_k=(5,), layers=(1, 3), backend="cpu", device="cpu", batch_size=16, pca_images=2
+        run=str(run), knn_k=(5,), layers=(1, 3), backend="cpu", device="cpu", feature_batch_size=16, pca_images=2
     )
     return Fixture(root, run, options)
 
@@ -110,7 +110,7 @@ def test_a_probe_twice_gives_the_same_figures_and_a_smaller_one_another_hash(tra
     first, second = probe.probe(options), probe.probe(options)
     assert first.models == second.models
     assert first.protocol.sha256() == second.protocol.sha256()
-    fewer = probe.probe(replace(options, max_train_rows=30, protocol="sgd", sgd_steps=20))
+    fewer = probe.probe(replace(options, max_train_rows=30, protocol="sgd", epochs=2, batch_size=16))
     assert fewer.protocol.train_rows == 30
     assert fewer.protocol.sha256() != first.protocol.sha256()
     assert {path.name for path in (trained.root / "again").iterdir()} == {"probe.json", "table.txt"}

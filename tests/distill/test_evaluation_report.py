@@ -114,7 +114,7 @@ def test_the_table_shows_each_model_and_what_a_reader_must_know() -> None:
     assert a_protocol().sha256()[:12] in notes
     assert "random: too few blocks for cls, last 4" in notes
     assert "random: chosen at the edge of the grid" in notes
-    assert "random: 2 linear fits stopped at the iteration limit" in notes
+    assert "random: 2 linear fits stopped short of the optimum" in notes
     assert "student: " not in notes
 
 
@@ -122,7 +122,7 @@ def test_probe_json_holds_the_report(tmp_path: Path) -> None:
     write_probe_json(a_report(), tmp_path / "probe.json")
     read = json.loads((tmp_path / "probe.json").read_text())
     assert read["protocol_sha256"] == a_protocol().sha256()
-    assert read["protocol"]["linear"]["lbfgs"]["tolerance"] == 1e-5
+    assert read["protocol"]["linear"]["lbfgs"]["tolerance"] == 1e-2
     assert [model["name"] for model in read["models"]] == ["student", "teacher", "random"]
     assert read["models"][0]["knn"] == {"10": 70, "20": 71}
     assert read["models"][0]["best"]["top1"] == 74

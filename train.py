@@ -26,7 +26,6 @@ from distill.config import TrainConfig
 from distill.evaluation.in_training import student_knn
 from distill.gradients import check_compiled_gradients, term_gradient_norms
 from distill.metrics import MetricsLog
-from distill.microbatch import StepInputs
 from distill.models import create_student
 from distill.optim import StudentEma, clip_gradients, create_optimizer, set_lr, skip_update
 from distill.prototypes import PROTOTYPES, Prototypes, fit_or_share_prototypes, load_prototypes
@@ -42,7 +41,7 @@ from distill.runtime import (
     wrap_step,
 )
 from distill.schedules import Schedule, due
-from distill.step import DistillStep
+from distill.step import DistillStep, StepInputs
 from distill.targets import TeacherTargets
 from distill.teacher import FrozenTeacher, load_teacher
 from kernels.spd import plan_reduction
@@ -138,7 +137,7 @@ def train(config: TrainConfig, ranks: Ranks) -> None:
             for i, part in enumerate(parts):
                 last = i == len(parts) - 1
                 with nullcontext() if last or model is step_module else model.no_sync():  # type: ignore[operator]
-                    loss, part_metrics = model(*part.tensors(), *scalars)
+                    loss, part_metrics = model(part, scalars)
                     (loss / len(parts)).backward()
                 metrics = metrics + part_metrics / len(parts)
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from common.errors import UserError
-from distill.microbatch import StepInputs
-from distill.step import DistillStep
+from distill.step import DistillStep, StepInputs, StepScalars
 
 # Compiled and eager fp32 code differ by reassociated sums: about sqrt(tokens) * 2^-24 = 1e-5 a parameter, and 100
 # times that where sums cancel.
@@ -23,7 +20,7 @@ _MEASURED_IMAGES = 16
 
 
 def check_compiled_gradients(
-    step: DistillStep, inputs: StepInputs, scalars: Sequence[Tensor], *, autocast: bool
+    step: DistillStep, inputs: StepInputs, scalars: StepScalars, *, autocast: bool
 ) -> None:
     """Compare the compiled step's gradients with the eager step's in fp32, per parameter, on one batch.
 
@@ -54,7 +51,7 @@ def check_compiled_gradients(
 
 
 def term_gradient_norms(
-    step: DistillStep, inputs: StepInputs, scalars: Sequence[Tensor]
+    step: DistillStep, inputs: StepInputs, scalars: StepScalars
 ) -> dict[str, float]:
     """Return the norm of each loss term's gradient with respect to the student, unweighted.
 
@@ -63,7 +60,7 @@ def term_gradient_norms(
     b = inputs.teacher_cls.shape[0]
     cuts = next(k for k in range(1, b + 1) if b % k == 0 and b // k <= _MEASURED_IMAGES)
     sample = inputs.micro_batches(cuts)[0]
-    terms, _ = step.terms(*sample.tensors(), *scalars[:2])
+    terms, _ = step.terms(sample, scalars)
     parameters = [p for p in step.student.parameters() if p.requires_grad]
     norms = {}
     for i, (name, value) in enumerate(terms.items()):
@@ -73,8 +70,8 @@ def term_gradient_norms(
     return norms
 
 
-def _gradients(step: DistillStep, call: object, inputs: StepInputs, scalars: Sequence[Tensor]) -> dict[str, Tensor]:
-    loss, _ = call(*inputs.tensors(), *scalars)  # type: ignore[operator]
+def _gradients(step: DistillStep, call: object, inputs: StepInputs, scalars: StepScalars) -> dict[str, Tensor]:
+    loss, _ = call(inputs, scalars)  # type: ignore[operator]
     loss.backward()
     gradients = {name: p.grad.clone() for name, p in step.named_parameters() if p.grad is not None}
     step.zero_grad(set_to_none=True)

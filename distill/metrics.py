@@ -18,10 +18,7 @@ from tqdm import tqdm
 from common.errors import UserError
 from distill.config import RuntimeConfig
 from distill.runtime import Ranks
-from distill.step import METRICS
-
-# What one console line shows, of all that metrics.jsonl holds; terms without a weight are 0 and left out.
-_SHOWN = ("dino_kl", "ibot_kl", "koleo", "cls", "spd", "patch", "mse", "gram", "softmax_gram")
+from distill.step import METRIC_NAMES, METRICS
 
 PHASES = ("data_wait", "targets", "student", "optimizer")
 _STALL_LIMIT = 0.03
@@ -124,7 +121,7 @@ class MetricsLog:
         values = mean.tolist()  # the one host sync
         seconds = time.perf_counter() - self._since
         phases = self.phases.read()
-        line = {"step": step, **dict(zip((*METRICS, "grad_norm"), values, strict=True)), **fields}
+        line = {"step": step, **dict(zip((*METRIC_NAMES, "grad_norm"), values, strict=True)), **fields}
         line["images_per_second"] = self._images / seconds
         line["step_time"] = seconds / self._count
         line["data_wait"] = phases["data_wait"] / seconds
@@ -177,7 +174,9 @@ class MetricsLog:
 
     def _write(self, line: dict[str, Any]) -> None:
         self._append(line)
-        names = ["loss", *(name for name in _SHOWN if line[name]), "images_per_second", "data_wait"]
+        # Terms without a weight are 0 and left out.
+        names = [metric.name for metric in METRICS if metric.shown and line[metric.name]]
+        names += ["images_per_second", "data_wait"]
         shown = "  ".join(f"{name} {line[name]:.4g}" for name in names)
         if self._bar is not None:
             self._bar.set_postfix_str(shown, refresh=False)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
 
 from distill.config import TrainConfig
 from distill.prototypes import Prototypes
+from distill.step import StepScalars
 
 
 def cosine_schedule(step: int, *, start: float, end: float, total_steps: int, warmup_steps: int = 0) -> float:
@@ -92,12 +92,11 @@ class Schedule:
         )
         return temperature, temperature
 
-    def scalars(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
+    def scalars(self, step: int) -> StepScalars:
         """Return the step's scheduled inputs as 0-d tensors, so that a new value compiles nothing anew."""
         koleo = linear_warmup(step, start=0.0, end=1.0, warmup_steps=self._config.losses.koleo_warmup_steps)
         host = torch.tensor([*self.teacher_temps(step), koleo])
-        cls_temp, patch_temp, koleo_scale = host.to(self._device, non_blocking=True).unbind()
-        return cls_temp, patch_temp, koleo_scale
+        return StepScalars(*host.to(self._device, non_blocking=True).unbind())
 
     def knn_due(self, step: int) -> bool:
         """Whether an evaluation is due after `step` steps; always after the last one, where any is."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,14 +16,87 @@ from distill.config import LossConfig, StudentConfig
 from distill.heads import create_head
 from distill.models import packed_tokens, rope_table
 from distill.prototypes import PrototypeBank, Prototypes
+from distill.targets import TeacherTargets
 from kernels.spd import log_euclidean_loss, reduce_tokens, spd_logm, token_spd
-from pipeline.batch import normalise
+from pipeline.batch import MultiCropBatch, normalise
+
+
+class Metric(NamedTuple):
+    """A number that the step gives: its name, whether it is a loss term, whether the console line shows it."""
+
+    name: str
+    is_term: bool = False
+    shown: bool = False
+
 
 METRICS = (
-    "loss", "dino", "ibot", "koleo", "cls", "spd", "patch", "mse", "gram", "softmax_gram",
-    "dino_entropy", "dino_kl", "ibot_entropy", "ibot_kl", "target_usage", "student_usage",
-)  # fmt: skip
-TERMS = METRICS[1:10]
+    Metric("loss", shown=True),
+    Metric("dino", is_term=True),
+    Metric("dino_entropy"),
+    Metric("dino_kl", shown=True),
+    Metric("ibot", is_term=True),
+    Metric("ibot_entropy"),
+    Metric("ibot_kl", shown=True),
+    *(Metric(name, True, True) for name in ("koleo", "cls", "spd", "patch", "mse", "gram", "softmax_gram")),
+    Metric("target_usage"),
+    Metric("student_usage"),
+)
+METRIC_NAMES = tuple(metric.name for metric in METRICS)
+TERMS = tuple(metric.name for metric in METRICS if metric.is_term)
+
+
+class StepInputs(NamedTuple):
+    """The tensors of one batch; see `MultiCropBatch` and `TeacherTargets`."""
+
+    global_crops: UInt8[Tensor, "gb G G 3"]
+    local_crops: UInt8[Tensor, "lb L L 3"]
+    masks: Bool[Tensor, "gb n"]
+    masked_indices: Int64[Tensor, " m"]
+    teacher_cls: Float[Tensor, "b g d"]
+    teacher_patches: Float[Tensor, "b g n d"]
+
+    @staticmethod
+    def of(batch: MultiCropBatch, targets: TeacherTargets) -> StepInputs:
+        """Join a batch with its targets."""
+        tensors = (batch.global_crops, batch.local_crops, batch.masks, batch.masked_indices)
+        return StepInputs(*tensors, targets.cls, targets.patches)
+
+    def micro_batches(self, number: int) -> list[StepInputs]:
+        """Cut into `number` micro-batches of consecutive images, without a host sync.
+
+        Every image has the same number of masked patches, so the cut keeps static shapes.
+        """
+        b = self.teacher_cls.shape[0]
+        assert b % number == 0, f"{b} images do not split into {number}"
+        size = b // number
+        return [self._images(i * size, size) for i in range(number)] if number > 1 else [self]
+
+    def _images(self, first: int, size: int) -> StepInputs:
+        b, n = self.teacher_cls.shape[0], self.masks.shape[1]
+
+        def cut(x: Tensor) -> Tensor:
+            return x.unflatten(0, (-1, b))[:, first : first + size].flatten(0, 1) if x.shape[0] else x
+
+        crop, patch = self.masked_indices // n, self.masked_indices % n
+        image, view = crop % b, crop // b
+        by_image = torch.argsort(image, stable=True).unflatten(0, (b, -1))[first : first + size].flatten()
+        indices = (view[by_image] * size + image[by_image] - first) * n + patch[by_image]
+        return StepInputs(
+            cut(self.global_crops),
+            cut(self.local_crops),
+            cut(self.masks),
+            indices.sort().values,
+            self.teacher_cls[first : first + size],
+            self.teacher_patches[first : first + size],
+        )
+
+
+class StepScalars(NamedTuple):
+    """What the schedule sets, as 0-d tensors: teacher temperatures of the DINO and iBOT targets, KoLeo's factor."""
+
+    cls_temp: Float[Tensor, ""]
+    patch_temp: Float[Tensor, ""]
+    koleo_scale: Float[Tensor, ""]
 
 
 class DistillStep(nn.Module):
@@ -71,52 +145,22 @@ class DistillStep(nn.Module):
         self.autocast = autocast
 
     def forward(
-        self,
-        global_crops: UInt8[Tensor, "gb G G 3"],
-        local_crops: UInt8[Tensor, "lb L L 3"],
-        masks: Bool[Tensor, "gb n"],
-        masked_indices: Int64[Tensor, " m"],
-        teacher_cls: Float[Tensor, "b g d"],
-        teacher_patches: Float[Tensor, "b g n d"],
-        cls_temp: Float[Tensor, ""],
-        patch_temp: Float[Tensor, ""],
-        koleo_scale: Float[Tensor, ""],
+        self, inputs: StepInputs, scalars: StepScalars
     ) -> tuple[Float[Tensor, ""], Float[Tensor, " metrics"]]:
         """Return the loss and the detached `METRICS`, each term unweighted, both fp32; see `terms`."""
-        terms, parts = self.terms(
-            global_crops, local_crops, masks, masked_indices, teacher_cls, teacher_patches, cls_temp, patch_temp
-        )
-        total = torch.zeros((), device=global_crops.device)
+        terms, parts = self.terms(inputs, scalars)
+        total = torch.zeros((), device=inputs.global_crops.device)
         for name, value in terms.items():
             weight = getattr(self.weights, f"{name}_loss_weight")
-            total = total + value * (weight * koleo_scale if name == "koleo" else weight)
+            total = total + value * (weight * scalars.koleo_scale if name == "koleo" else weight)
         zero = torch.zeros_like(total)
         values = {"loss": total, **terms, **parts}
-        return total, torch.stack([values.get(name, zero).detach().float() for name in METRICS])
+        return total, torch.stack([values.get(name, zero).detach().float() for name in METRIC_NAMES])
 
-    def terms(
-        self,
-        global_crops: UInt8[Tensor, "gb G G 3"],
-        local_crops: UInt8[Tensor, "lb L L 3"],
-        masks: Bool[Tensor, "gb n"],
-        masked_indices: Int64[Tensor, " m"],
-        teacher_cls: Float[Tensor, "b g d"],
-        teacher_patches: Float[Tensor, "b g n d"],
-        cls_temp: Float[Tensor, ""],
-        patch_temp: Float[Tensor, ""],
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return every loss term with a weight, unweighted, and what is logged beside them; 0-d, fp32.
-
-        Args:
-            global_crops: see `MultiCropBatch`.
-            local_crops: likewise; may have no rows.
-            masks: likewise.
-            masked_indices: likewise.
-            teacher_cls: see `TeacherTargets`.
-            teacher_patches: likewise.
-            cls_temp: teacher temperature of the DINO targets.
-            patch_temp: teacher temperature of the iBOT targets.
-        """
+    def terms(self, inputs: StepInputs, scalars: StepScalars) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return every loss term with a weight, unweighted, and what is logged beside them; 0-d, fp32."""
+        global_crops, local_crops, masks, masked_indices, teacher_cls, teacher_patches = inputs
+        cls_temp, patch_temp, _ = scalars
         b, g = teacher_cls.shape[:2]
         teacher_cls = teacher_cls.transpose(0, 1)  # [g, b, d]
         teacher_patches = teacher_patches.transpose(0, 1).flatten(0, 1)  # [g*b, n, d]

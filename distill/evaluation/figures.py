@@ -17,8 +17,9 @@ from torch import Tensor
 
 from common.atomic import write_atomic
 from common.errors import UserError
+from distill.step import TERMS
 
-LOSS_TERMS = ("loss", "dino", "ibot", "koleo", "cls", "spd")
+LOSS_TERMS = ("loss", *TERMS[:5])
 ENTROPIES = ("dino_entropy", "dino_kl", "ibot_entropy", "ibot_kl")
 DOTS_PER_INCH = 120
 

@@ -9,10 +9,9 @@ import pytest
 import torch
 
 from distill.config import LossConfig, PrototypeConfig, StudentConfig
-from distill.microbatch import StepInputs
 from distill.models import create_student
 from distill.prototypes import Prototypes, fit_prototypes
-from distill.step import DistillStep
+from distill.step import DistillStep, StepInputs, StepScalars
 from distill.targets import TeacherTargets
 
 TEACHER_DIM, PATCHES, IMAGES = 96, 36, 6
@@ -76,5 +75,5 @@ def inputs() -> StepInputs:
 
 
 @pytest.fixture
-def scalars() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return torch.tensor(0.05), torch.tensor(0.06), torch.tensor(1.0)
+def scalars() -> StepScalars:
+    return StepScalars(torch.tensor(0.05), torch.tensor(0.06), torch.tensor(1.0))

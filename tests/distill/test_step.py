@@ -15,24 +15,22 @@ from common.errors import UserError
 from distill import gradients, losses
 from distill.config import LOSS_PRESETS, LossConfig, RuntimeConfig, StudentConfig
 from distill.gradients import check_compiled_gradients, term_gradient_norms
-from distill.microbatch import StepInputs
 from distill.prototypes import Prototypes
 from distill.runtime import configure_torch
-from distill.step import METRICS, TERMS, DistillStep
+from distill.step import METRIC_NAMES, TERMS, DistillStep, StepInputs, StepScalars
 from kernels.spd import log_euclidean_loss, spd_logm, token_spd
 from pipeline.batch import normalise
 
 MakeStep = Callable[..., DistillStep]
-Scalars = tuple[Tensor, Tensor, Tensor]
 # Two fp32 evaluations of the same sums of at most 2,304 terms of O(1), in another order.
 FP32_NOISE = {"rtol": 2e-4, "atol": 1e-5}
 
 
 def test_terms_equal_the_losses_of_timms_own_forward_image_by_image(
-    make_step: MakeStep, inputs: StepInputs, scalars: Scalars, prototypes: Prototypes
+    make_step: MakeStep, inputs: StepInputs, scalars: StepScalars, prototypes: Prototypes
 ) -> None:
     step = make_step()
-    terms, _ = step.terms(*inputs.tensors(), *scalars[:2])
+    terms, _ = step.terms(inputs, scalars)
     b = inputs.teacher_cls.shape[0]
     global_tokens = step.student.forward_features(normalise(inputs.global_crops))
     local_tokens = step.student.forward_features(normalise(inputs.local_crops))
@@ -76,12 +74,12 @@ def test_terms_equal_the_losses_of_timms_own_forward_image_by_image(
 
 
 def test_the_loss_is_the_weighted_sum_of_the_logged_terms(
-    make_step: MakeStep, inputs: StepInputs, scalars: Scalars
+    make_step: MakeStep, inputs: StepInputs, scalars: StepScalars
 ) -> None:
     weights = LossConfig(2.0, 0.5, 0.25, 3.0, 1.5, patch_loss_weight=0.7, mse_loss_weight=0.3, gram_loss_weight=0.2)
     weights = dataclasses.replace(weights, softmax_gram_loss_weight=0.1)
-    loss, metrics = make_step(weights)(*inputs.tensors(), scalars[0], scalars[1], torch.tensor(0.5))
-    named = dict(zip(METRICS, metrics.tolist(), strict=True))
+    loss, metrics = make_step(weights)(inputs, scalars._replace(koleo_scale=torch.tensor(0.5)))
+    named = dict(zip(METRIC_NAMES, metrics.tolist(), strict=True))
     expected = sum(named[t] * getattr(weights, f"{t}_loss_weight") * (0.5 if t == "koleo" else 1) for t in TERMS)
     assert all(named[t] != 0 for t in TERMS)
     assert loss.item() == pytest.approx(expected, rel=1e-6)
@@ -95,36 +93,36 @@ def test_the_loss_is_the_weighted_sum_of_the_logged_terms(
 @pytest.mark.parametrize("head", ["linear", "mlp"])
 @pytest.mark.parametrize("preset", sorted(LOSS_PRESETS))
 def test_every_trainable_parameter_gets_a_gradient_in_every_preset(
-    make_step: MakeStep, inputs: StepInputs, scalars: Scalars, preset: str, head: str
+    make_step: MakeStep, inputs: StepInputs, scalars: StepScalars, preset: str, head: str
 ) -> None:
     step = make_step(LOSS_PRESETS[preset](), head=head)
-    loss, metrics = step(*inputs.tensors(), *scalars)
+    loss, metrics = step(inputs, scalars)
     loss.backward()
     silent = [n for n, p in step.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
     assert silent == []
     weights = LOSS_PRESETS[preset]()
-    named = dict(zip(METRICS, metrics.tolist(), strict=True))
+    named = dict(zip(METRIC_NAMES, metrics.tolist(), strict=True))
     for term in TERMS:
         assert (named[term] != 0) == bool(getattr(weights, f"{term}_loss_weight")), term
 
 
 def test_a_masked_student_input_changes_the_student_and_trains_the_mask_token(
-    make_step: MakeStep, inputs: StepInputs, scalars: Scalars
+    make_step: MakeStep, inputs: StepInputs, scalars: StepScalars
 ) -> None:
     masked, plain = make_step(mask_student_input=True), make_step()
-    loss, _ = masked(*inputs.tensors(), *scalars)
+    loss, _ = masked(inputs, scalars)
     loss.backward()
     assert masked.mask_token.grad.norm() > 0
     assert not plain.mask_token.requires_grad
-    assert loss.item() != plain(*inputs.tensors(), *scalars)[0].item()
+    assert loss.item() != plain(inputs, scalars)[0].item()
     assert "mask_token" not in masked.student.state_dict()
 
 
-def test_no_local_crops_is_a_plain_two_view_loss(make_step: MakeStep, inputs: StepInputs, scalars: Scalars) -> None:
+def test_no_local_crops_is_a_plain_two_view_loss(make_step: MakeStep, inputs: StepInputs, scalars: StepScalars) -> None:
     step = make_step()
-    none = dataclasses.replace(inputs, local_crops=inputs.local_crops[:0])
-    terms, _ = step.terms(*none.tensors(), *scalars[:2])
-    with_locals, _ = step.terms(*inputs.tensors(), *scalars[:2])
+    none = inputs._replace(local_crops=inputs.local_crops[:0])
+    terms, _ = step.terms(none, scalars)
+    with_locals, _ = step.terms(inputs, scalars)
     assert_close(terms["spd"], with_locals["spd"], **FP32_NOISE)
     assert terms["dino"].item() != with_locals["dino"].item()
 
@@ -136,7 +134,7 @@ def compiled(step: DistillStep, backend: str) -> DistillStep:
 
 
 def test_the_step_is_one_graph_with_the_gradients_of_the_eager_step(
-    make_step: MakeStep, inputs: StepInputs, scalars: Scalars
+    make_step: MakeStep, inputs: StepInputs, scalars: StepScalars
 ) -> None:
     configure_torch(RuntimeConfig(), torch.device("cpu"))
     check_compiled_gradients(compiled(make_step(), "aot_eager"), inputs, scalars, autocast=False)
@@ -145,14 +143,14 @@ def test_the_step_is_one_graph_with_the_gradients_of_the_eager_step(
 @pytest.mark.slow
 @pytest.mark.parametrize("autocast", [False, True])
 def test_inductors_gradients_are_those_of_the_eager_step(
-    make_step: MakeStep, inputs: StepInputs, scalars: Scalars, autocast: bool
+    make_step: MakeStep, inputs: StepInputs, scalars: StepScalars, autocast: bool
 ) -> None:
     configure_torch(RuntimeConfig(), torch.device("cpu"))
     check_compiled_gradients(compiled(make_step(autocast=autocast), "inductor"), inputs, scalars, autocast=autocast)
 
 
 def test_the_gradient_gate_names_the_parameter_whose_compiled_gradient_is_wrong(
-    make_step: MakeStep, inputs: StepInputs, scalars: Scalars, monkeypatch: pytest.MonkeyPatch
+    make_step: MakeStep, inputs: StepInputs, scalars: StepScalars, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step = make_step()
     honest = gradients._gradients
@@ -168,9 +166,11 @@ def test_the_gradient_gate_names_the_parameter_whose_compiled_gradient_is_wrong(
         check_compiled_gradients(step, inputs, scalars, autocast=False)
 
 
-def test_autocast_stays_around_backbone_and_heads(make_step: MakeStep, inputs: StepInputs, scalars: Scalars) -> None:
-    exact, _ = make_step().terms(*inputs.tensors(), *scalars[:2])
-    mixed, _ = make_step(autocast=True).terms(*inputs.tensors(), *scalars[:2])
+def test_autocast_stays_around_backbone_and_heads(
+    make_step: MakeStep, inputs: StepInputs, scalars: StepScalars
+) -> None:
+    exact, _ = make_step().terms(inputs, scalars)
+    mixed, _ = make_step(autocast=True).terms(inputs, scalars)
     assert all(value.dtype == torch.float32 for value in mixed.values())
     # bf16 activations carry 2^-9 relative error each; after 3 blocks and division by a temperature of 0.1
     # the logits are off by about 10 * 2^-8.
@@ -179,14 +179,14 @@ def test_autocast_stays_around_backbone_and_heads(make_step: MakeStep, inputs: S
 
 
 def test_gradients_by_term_are_the_gradients_of_each_term_alone(
-    make_step: MakeStep, inputs: StepInputs, scalars: Scalars
+    make_step: MakeStep, inputs: StepInputs, scalars: StepScalars
 ) -> None:
     step = make_step()
     norms = term_gradient_norms(step, inputs, scalars)
     assert set(norms) == {"dino", "ibot", "koleo", "cls", "spd"}
     only_spd = dataclasses.replace(LOSS_PRESETS["proteus"](), mse_loss_weight=0.0, spd_loss_weight=1.0)
     alone = make_step(only_spd)
-    alone(*inputs.tensors(), *scalars)[0].backward()
+    alone(inputs, scalars)[0].backward()
     squares = [p.grad.square().sum() for p in alone.student.parameters() if p.grad is not None]
     assert norms["spd"] == pytest.approx(torch.stack(squares).sum().sqrt().item(), rel=1e-4)
     assert all(p.grad is None for p in step.parameters())

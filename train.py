@@ -137,7 +137,7 @@ def train(config: TrainConfig, ranks: Ranks) -> None:
             for i, part in enumerate(parts):
                 last = i == len(parts) - 1
                 with nullcontext() if last or model is step_module else model.no_sync():  # type: ignore[operator]
-                    loss, part_metrics = model(part, scalars)
+                    loss, part_metrics = model(*part, *scalars)
                     (loss / len(parts)).backward()
                 metrics = metrics + part_metrics / len(parts)
 

@@ -71,7 +71,7 @@ def term_gradient_norms(
 
 
 def _gradients(step: DistillStep, call: object, inputs: StepInputs, scalars: StepScalars) -> dict[str, Tensor]:
-    loss, _ = call(inputs, scalars)  # type: ignore[operator]
+    loss, _ = call(*inputs, *scalars)  # type: ignore[operator]
     loss.backward()
     gradients = {name: p.grad.clone() for name, p in step.named_parameters() if p.grad is not None}
     step.zero_grad(set_to_none=True)

@@ -144,10 +144,14 @@ class DistillStep(nn.Module):
         self.mask_student_input = config.mask_student_input
         self.autocast = autocast
 
-    def forward(
-        self, inputs: StepInputs, scalars: StepScalars
-    ) -> tuple[Float[Tensor, ""], Float[Tensor, " metrics"]]:
-        """Return the loss and the detached `METRICS`, each term unweighted, both fp32; see `terms`."""
+    def forward(self, *tensors: Tensor) -> tuple[Float[Tensor, ""], Float[Tensor, " metrics"]]:
+        """Return the loss and the detached `METRICS`, each term unweighted, both fp32.
+
+        Args:
+            tensors: those of `StepInputs`, then those of `StepScalars`.
+        """
+        count = len(StepInputs._fields)
+        inputs, scalars = StepInputs(*tensors[:count]), StepScalars(*tensors[count:])
         terms, parts = self.terms(inputs, scalars)
         total = torch.zeros((), device=inputs.global_crops.device)
         for name, value in terms.items():

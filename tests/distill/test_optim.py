@@ -49,7 +49,7 @@ def test_groups_carry_layer_decay_the_patch_embeddings_rate_and_no_decay_on_vect
 def stepped(step: DistillStep, inputs: StepInputs, poison: str | None) -> tuple[DistillStep, float]:
     optimizer = create_optimizer(step, OptimConfig())
     set_lr(optimizer, 1e-3)
-    loss, metrics = step(inputs, StepScalars(torch.tensor(0.05), torch.tensor(0.05), torch.tensor(0.0)))
+    loss, metrics = step(*inputs, *StepScalars(torch.tensor(0.05), torch.tensor(0.05), torch.tensor(0.0)))
     loss.backward()
     if poison == "gradient":
         step.student.blocks[1].attn.qkv.weight.grad[3, 3] = float("inf")

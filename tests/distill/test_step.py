@@ -78,7 +78,7 @@ def test_the_loss_is_the_weighted_sum_of_the_logged_terms(
 ) -> None:
     weights = LossConfig(2.0, 0.5, 0.25, 3.0, 1.5, patch_loss_weight=0.7, mse_loss_weight=0.3, gram_loss_weight=0.2)
     weights = dataclasses.replace(weights, softmax_gram_loss_weight=0.1)
-    loss, metrics = make_step(weights)(inputs, scalars._replace(koleo_scale=torch.tensor(0.5)))
+    loss, metrics = make_step(weights)(*inputs, *scalars._replace(koleo_scale=torch.tensor(0.5)))
     named = dict(zip(METRIC_NAMES, metrics.tolist(), strict=True))
     expected = sum(named[t] * getattr(weights, f"{t}_loss_weight") * (0.5 if t == "koleo" else 1) for t in TERMS)
     assert all(named[t] != 0 for t in TERMS)
@@ -96,7 +96,7 @@ def test_every_trainable_parameter_gets_a_gradient_in_every_preset(
     make_step: MakeStep, inputs: StepInputs, scalars: StepScalars, preset: str, head: str
 ) -> None:
     step = make_step(LOSS_PRESETS[preset](), head=head)
-    loss, metrics = step(inputs, scalars)
+    loss, metrics = step(*inputs, *scalars)
     loss.backward()
     silent = [n for n, p in step.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
     assert silent == []
@@ -110,11 +110,11 @@ def test_a_masked_student_input_changes_the_student_and_trains_the_mask_token(
     make_step: MakeStep, inputs: StepInputs, scalars: StepScalars
 ) -> None:
     masked, plain = make_step(mask_student_input=True), make_step()
-    loss, _ = masked(inputs, scalars)
+    loss, _ = masked(*inputs, *scalars)
     loss.backward()
     assert masked.mask_token.grad.norm() > 0
     assert not plain.mask_token.requires_grad
-    assert loss.item() != plain(inputs, scalars)[0].item()
+    assert loss.item() != plain(*inputs, *scalars)[0].item()
     assert "mask_token" not in masked.student.state_dict()
 
 
@@ -186,7 +186,7 @@ def test_gradients_by_term_are_the_gradients_of_each_term_alone(
     assert set(norms) == {"dino", "ibot", "koleo", "cls", "spd"}
     only_spd = dataclasses.replace(LOSS_PRESETS["proteus"](), mse_loss_weight=0.0, spd_loss_weight=1.0)
     alone = make_step(only_spd)
-    alone(inputs, scalars)[0].backward()
+    alone(*inputs, *scalars)[0].backward()
     squares = [p.grad.square().sum() for p in alone.student.parameters() if p.grad is not None]
     assert norms["spd"] == pytest.approx(torch.stack(squares).sum().sqrt().item(), rel=1e-4)
     assert all(p.grad is None for p in step.parameters())

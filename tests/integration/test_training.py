@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import signal
 import subprocess
@@ -92,12 +91,11 @@ def test_live_and_cached_targets_give_losses_within_the_codecs_bound(
         batch = next(iter(loader))
         targets, bound = cache.fetch(batch, device="cpu"), cache.bound(batch)
         inputs = StepInputs.of(batch, targets)
-        inputs = dataclasses.replace(
-            inputs,
+        inputs = inputs._replace(
             teacher_cls=inputs.teacher_cls.clone().requires_grad_(),
             teacher_patches=inputs.teacher_patches.clone().requires_grad_(),
         )
-        loss, _ = step(inputs, StepScalars(temps, temps, torch.zeros(())))
+        loss, _ = step(*inputs, *StepScalars(temps, temps, torch.zeros(())))
         grads = torch.autograd.grad(loss, [inputs.teacher_cls, inputs.teacher_patches], allow_unused=True)
     allowed = sum(
         (g.abs() * limit).sum().item() for g, limit in zip(grads, (bound.cls, bound.patches), strict=True)

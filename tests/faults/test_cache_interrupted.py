@@ -63,7 +63,11 @@ def test_killed_builds_of_changing_rank_numbers_end_as_an_unbroken_one(
         ranks = [context.Process(target=build_rank, args=(root, rank, world_size)) for rank in range(world_size)]
         for process in ranks:
             process.start()
-        time.sleep(float(generator.uniform(0.005, 0.09)))
+        # By progress, not by the clock: after up to two commits, or at once.
+        wanted = len(list(root.glob("commit/v*/*.json"))) + int(generator.integers(0, 3))
+        while len(list(root.glob("commit/v*/*.json"))) < wanted and any(p.is_alive() for p in ranks):
+            time.sleep(0.001)
+        time.sleep(float(generator.uniform(0, 0.02)))
         for process in generator.permutation(np.array(ranks, dtype=object)):
             if process.is_alive():
                 os.kill(process.pid, signal.SIGKILL)

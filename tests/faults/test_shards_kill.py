@@ -16,7 +16,7 @@ import pytest
 import simplejpeg
 
 from common.errors import UserError
-from shards.format import WORK_FOLDER, load_manifest
+from shards.format import load_manifest
 from shards.pack import pack
 from shards.verify import verify
 
@@ -56,8 +56,8 @@ def test_twenty_kills_at_random_times_leave_the_folder_of_an_unbroken_run(tmp_pa
         round_number += 1
         while True:
             process = start_packing(source, output)
-            wait_for_first_shard(process, output)
-            time.sleep(draw.uniform(0.0, 0.25))
+            wait_for_shards(process, output, draw.randrange(12))
+            time.sleep(draw.uniform(0.0, 0.02))
             if kills < NUM_KILLS and process.poll() is None:
                 kills += 1
                 # In turn the packer alone, whose workers must end by themselves, and the whole group.
@@ -77,14 +77,11 @@ def test_twenty_kills_at_random_times_leave_the_folder_of_an_unbroken_run(tmp_pa
     assert most_kept > 5  # kills fell in the midst of the work, not only before it
 
 
-def wait_for_first_shard(process: subprocess.Popen[bytes], output: Path) -> None:
-    """Wait until a run writes or has ended, so that kills do not all fall into the start of Python."""
-    before = set(output.glob("*"))
-    deadline = time.monotonic() + 60
-    while process.poll() is None and time.monotonic() < deadline:
-        if set(output.glob("*")) - before - {output / WORK_FOLDER}:
-            return
-        time.sleep(0.005)
+def wait_for_shards(process: subprocess.Popen[bytes], output: Path, number: int) -> None:
+    """Wait until a run has written so many shards more, or has ended: kills fall by progress, not by the clock."""
+    before = len(list(output.glob("*.tar")))
+    while process.poll() is None and len(list(output.glob("*.tar"))) < before + number:
+        time.sleep(0.002)
 
 
 def test_a_crash_before_any_change_of_a_file_leaves_the_folder_of_an_unbroken_run(tmp_path: Path) -> None:

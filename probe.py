@@ -40,13 +40,11 @@ from distill.evaluation.features import (
     model_depth,
 )
 from distill.evaluation.knn import TEMPERATURE, knn_accuracy
-from distill.evaluation.linear import LbfgsProtocol, LinearProtocol, best_result, linear_probe
-from distill.evaluation.metrics import cosine_to_teacher, rankme
-from distill.evaluation.pca import paint_patches
+from distill.evaluation.linear import LbfgsProtocol, LinearProtocol, best_result, linear_probe, subset_rows
+from distill.evaluation.logistic import SgdProtocol
+from distill.evaluation.metrics import cosine_to_teacher, paint_patches, rankme
 from distill.evaluation.report import ModelReport, ProbeReport, Protocol, results_table, write_probe_json
-from distill.evaluation.sgd_probe import SgdProtocol
 from distill.evaluation.sources import ProbedModel, SourceContext, load_source, read_run
-from distill.evaluation.split import subset_rows
 from pipeline.backend import choose_backend
 from pipeline.readers import CenterCropBatch, read_center_crops
 from shards.format import load_manifest

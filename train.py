@@ -22,14 +22,13 @@ from cache_tools.read import TeacherCache
 from common.command import run_command
 from common.errors import UserError
 from distill.checkpoint import CheckpointWriter, load_newest
-from distill.config import TrainConfig
-from distill.evaluation.in_training import student_knn
+from distill.config import TrainConfig, write_or_check_config
+from distill.evaluation.knn import student_knn
 from distill.gradients import check_compiled_gradients, term_gradient_norms
 from distill.metrics import MetricsLog
 from distill.models import create_student
 from distill.optim import StudentEma, clip_gradients, create_optimizer, set_lr, skip_update
 from distill.prototypes import PROTOTYPES, Prototypes, fit_or_share_prototypes, load_prototypes
-from distill.run_folder import write_or_check_config
 from distill.runtime import (
     Ranks,
     StepGuard,
@@ -42,8 +41,7 @@ from distill.runtime import (
 )
 from distill.schedules import Schedule, due
 from distill.step import DistillStep, StepInputs
-from distill.targets import TeacherTargets
-from distill.teacher import FrozenTeacher, load_teacher
+from distill.teacher import FrozenTeacher, TeacherTargets, load_teacher
 from kernels.spd import plan_reduction
 from pipeline.batch import MultiCropBatch
 from pipeline.loader import MultiCropLoader, open_loader

@@ -18,8 +18,7 @@ from cache_tools.fingerprint import cache_fingerprint
 from cache_tools.format import CacheSpec, read_attributes
 from cache_tools.options import Bench, Build, Calibrate, Inspect, Repair, Stats, Verify
 from cache_tools.read import TeacherCache
-from cache_tools.speed import measure_reading
-from cache_tools.stats import describe_cache, describe_row, token_stats
+from cache_tools.stats import describe_cache, describe_row, measure_reading, token_stats
 from cache_tools.verify import repair_cache, verify_against_teacher, verify_cache
 from common.command import run_command
 from common.device import pick_device

@@ -41,7 +41,7 @@ from cache_tools.format import (
 from cache_tools.write import ReadCrops, ViewSetBuild
 from common.errors import UserError
 from common.hashing import json_sha256
-from distill.targets import TeacherTargets
+from distill.teacher import TeacherTargets
 from pipeline.augmentation import Augmentation
 from pipeline.backend import choose_backend
 from pipeline.options import ReadOptions

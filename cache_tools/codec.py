@@ -26,7 +26,7 @@ from torch import Tensor
 from cache_tools.errors import CacheCorrupt
 from cache_tools.format import CacheSpec, CodecName, Paths
 from common.errors import UserError
-from distill.targets import TeacherTargets
+from distill.teacher import TeacherTargets
 
 CODE_MAX = 127
 FP16_HALF_SUBNORMAL = 2.0**-25

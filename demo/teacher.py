@@ -11,8 +11,7 @@ from torch import nn
 from tqdm import tqdm
 
 from demo.settings import PATCH_SIZE
-from distill.export import export_model
-from distill.model_card import Card
+from distill.export import Card, export_model
 from distill.models import create_vit
 from distill.schedules import cosine_schedule
 from pipeline.augmentation import Augmentation

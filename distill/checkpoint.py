@@ -18,9 +18,8 @@ from torch import Tensor
 from common.atomic import remove_temporaries, write_atomic
 from common.errors import UserError
 from common.hashing import file_sha256
-from distill.config import RuntimeConfig
+from distill.config import RuntimeConfig, load_config
 from distill.models import create_student
-from distill.run_folder import load_config
 
 log = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from common.atomic import write_atomic
 from common.errors import UserError
 from distill.config import PrototypeConfig
-from distill.targets import TeacherTargets
+from distill.teacher import TeacherTargets
 from distill.weights import tensors_sha256
 
 FORMAT_VERSION = 1

@@ -16,7 +16,7 @@ from distill.config import LossConfig, StudentConfig
 from distill.heads import create_head
 from distill.models import packed_tokens, rope_table
 from distill.prototypes import PrototypeBank, Prototypes
-from distill.targets import TeacherTargets
+from distill.teacher import TeacherTargets
 from kernels.spd import log_euclidean_loss, reduce_tokens, spd_logm, token_spd
 from pipeline.batch import MultiCropBatch, normalise
 

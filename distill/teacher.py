@@ -1,19 +1,19 @@
-"""The frozen teacher: a timm ViT, its final-norm tokens, and the fingerprint a cache is bound to."""
+"""The frozen teacher: a timm ViT, its final-norm tokens as the losses take them, and the fingerprint a cache is bound to."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from timm.layers import RotaryEmbeddingDinoV3
 from torch import Tensor
 
 from common.errors import UserError
 from distill.config import TeacherConfig
 from distill.models import create_vit
-from distill.targets import TeacherTargets
 from distill.weights import load_weights, tensors_sha256
 from pipeline.batch import normalise
 
@@ -155,3 +155,16 @@ def _restore_rope_table(model: Any, round_periods: bool) -> None:
 
 def _is_dinov3_rope(rope: Any) -> bool:
     return isinstance(rope, RotaryEmbeddingDinoV3)
+
+
+@dataclass(frozen=True)
+class TeacherTargets:
+    """Final-norm tokens of the frozen teacher on the global crops of `b` images, image-major.
+
+    Attributes:
+        cls: cls tokens, [b, g, d].
+        patches: patch tokens, [b, g, n, d]; class and register tokens left out.
+    """
+
+    cls: Float[Tensor, "b g d"]
+    patches: Float[Tensor, "b g n d"]

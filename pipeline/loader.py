@@ -20,13 +20,11 @@ from pipeline.augmentation import Augmentation
 from pipeline.backend import choose_backend, default_num_threads, resolve_device
 from pipeline.batch import MultiCropBatch
 from pipeline.crops import BackendOptions, BadSampleError, CropRequest, Crops, training_work
-from pipeline.failures import FailurePolicy
 from pipeline.feeder import Feeder
-from pipeline.jobs import Job, Ready, receive, run, to_device
+from pipeline.jobs import FailurePolicy, Job, Readahead, Ready, receive, run, to_device
 from pipeline.masks import block_masks
 from pipeline.order import DEFAULT_BLOCK, DEFAULT_WINDOW, epoch_order, rank_positions
 from pipeline.plan import PLAN_VERSION, crop_plan, global_crops_spec
-from pipeline.readahead import Readahead
 from shards.folder import ShardFolder
 
 _PREFETCH = 2

@@ -18,12 +18,10 @@ from common.errors import UserError
 from pipeline.augmentation import Augmentation
 from pipeline.backend import choose_backend, default_num_threads, resolve_device
 from pipeline.crops import BackendOptions, BadSampleError, CropRequest, Crops, CropWork, center_work, teacher_work
-from pipeline.failures import FailurePolicy
 from pipeline.feeder import Feeder
-from pipeline.jobs import Job, Ready, receive, run, to_device
+from pipeline.jobs import FailurePolicy, Job, Readahead, Ready, receive, run, to_device
 from pipeline.order import DEFAULT_BLOCK, DEFAULT_WINDOW
 from pipeline.plan import CropPlan, center_crop_plan, crop_plan, global_crops_spec
-from pipeline.readahead import Readahead
 from shards.folder import ShardFolder
 
 B = TypeVar("B")

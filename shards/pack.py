@@ -30,12 +30,11 @@ from shards.format import (
 )
 from shards.index import write_index
 from shards.listing import Listing, write_listing
-from shards.lock import only_packer
 from shards.sanitize import policy_fields
 from shards.shard_writer import WARNED_COUNT, ShardJob, ShardRecord, ShardSettings, merged_columns, read_record
 from shards.sources.base import Source
 from shards.sources.recognise import SourceOptions, recognise
-from shards.workers import finish_shards
+from shards.workers import finish_shards, only_packer
 
 ROWS_PER_SHARD = 2048
 LISTING_FOLDER, RECORDS_FOLDER = "listing", "records"

@@ -1,4 +1,4 @@
-"""Processes that finish shards side by side, end with their parent and stop at once when told."""
+"""Who packs: one packer at a time in a folder, and its processes, which end with it and stop at once when told."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from multiprocessing.synchronize import Event
 from pathlib import Path
 
 from common.errors import UserError
+from common.locks import file_lock
 from shards.format import WORK_FOLDER
-from shards.lock import hold_as_worker
 from shards.shard_writer import ShardJob, finish_shard
 
 Report = Callable[[int, int], None]  # (rows done, of them quarantined) of a shard that is finished
@@ -69,7 +69,7 @@ def finish_shards(output: Path, jobs: Iterable[ShardJob], workers: int, report: 
         try:
             pending: set[Future[tuple[int, int]]] = set()
             for job in jobs:
-                with _interrupts_ignored():  # which the processes started here inherit: the parent decides
+                with _interrupts_held():
                     pending.add(pool.submit(_finish_shard, job))
                 if len(pending) >= 2 * workers:  # so that the rows of few shards are in memory
                     pending = _report_finished(pending, report)
@@ -94,12 +94,42 @@ def _report_finished(pending: set[Future[tuple[int, int]]], report: Report) -> s
 
 
 @contextmanager
-def _interrupts_ignored() -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
-        yield
-        return
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _interrupts_held() -> Iterator[None]:
+    """Let Ctrl-C wait: processes started meanwhile never see it, and the parent, which decides, sees it after."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+_ORPHANS_END_WITHIN = 60.0  # seconds; a worker ends within milliseconds of its parent
+
+
+@contextmanager
+def only_packer(work: Path) -> Iterator[None]:
+    """Hold the folder of a packing in progress; wait for the workers of a killed packer to end.
+
+    Raises:
+        UserError: another packer holds it.
+    """
+    with file_lock(work / "lock", timeout=0) as held:
+        if not held:
+            raise UserError(
+                f"{work.parent}: another packer is at work there. Wait for it to end, or choose another output folder."
+            )
+        # Each worker holds a lock of its own: one that outlived its packer could still put a file in place.
+        for path in sorted(work.glob("worker-*.lock")):
+            with file_lock(path, timeout=_ORPHANS_END_WITHIN) as ended:
+                if not ended:
+                    raise UserError(
+                        f"{work.parent}: a worker of an earlier packer has not ended in {_ORPHANS_END_WITHIN:.0f} s. "
+                        f"End it (`fuser {path}` names it) and run the same command again."
+                    )
+                path.unlink(missing_ok=True)
+        yield
+
+
+def hold_as_worker(work: Path) -> AbstractContextManager[bool]:
+    """Mark this process as a worker of the packing for as long as the block runs."""
+    return file_lock(work / f"worker-{os.getpid()}.lock")

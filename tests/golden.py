@@ -27,8 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from demo.images import compose_images  # noqa: E402
-from distill.export import export_model  # noqa: E402
-from distill.model_card import Card  # noqa: E402
+from distill.export import Card, export_model  # noqa: E402
 from distill.models import create_vit  # noqa: E402
 from pipeline.augmentation import preset  # noqa: E402
 from pipeline.loader import open_loader  # noqa: E402

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,11 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from common.errors import UserError
+from distill.config import TrainConfig
 from distill.evaluation.features import LabelledCrops, Normalise, extract_features
+from pipeline.batch import normalise
+from pipeline.readers import CenterCropBatch, read_center_crops
+from shards.format import load_manifest
 
 TEMPERATURE = 0.07
 # Similarities held at once: 2^26 fp32 numbers are 256 MB.
@@ -147,3 +151,22 @@ def knn_top1(
         temperature=temperature,
     )
     return accuracy[k]
+
+
+def student_knn(student: nn.Module, config: TrainConfig, device: torch.device) -> float:
+    """Return the k-NN top-1 accuracy in percent on `val_data_path`, with at most `knn_max_rows` training rows."""
+    assert config.data.val_data_path is not None
+
+    def crops(shards: str, limit: int | None) -> Iterator[CenterCropBatch]:
+        rows = load_manifest(shards).num_rows
+        return read_center_crops(
+            shards,
+            range(rows if limit is None else min(rows, limit)),
+            size=config.data.global_crops_size,
+            device=device,
+            batch_size=config.optim.batch_size_per_gpu,
+            **config.data.reading(),
+        )
+
+    bank = crops(config.data.data_path, config.runtime.knn_max_rows)
+    return knn_top1(student, bank, crops(config.data.val_data_path, None), normalise=normalise, device=device)

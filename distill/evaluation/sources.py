@@ -13,11 +13,10 @@ from torch import nn
 
 from common.errors import UserError
 from distill.checkpoint import load_student
-from distill.config import TeacherConfig, TrainConfig
+from distill.config import TeacherConfig, TrainConfig, load_config
 from distill.evaluation.features import FeatureModel
-from distill.model_card import student_detail
+from distill.export import student_detail
 from distill.models import create_student
-from distill.run_folder import load_config
 from distill.teacher import LOCAL_DIR, FrozenTeacher, load_teacher
 from pipeline.batch import normalise
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cache_tools.build import BuildRequest
 from cache_tools.format import CacheSpec, CodecName
-from distill.targets import TeacherTargets
+from distill.teacher import TeacherTargets
 from pipeline.readers import TeacherCropBatch
 
 CROP_SIZE = 8

@@ -20,7 +20,7 @@ from cache_tools.codec import (
     measure_codec,
     rounding_bound,
 )
-from distill.targets import TeacherTargets
+from distill.teacher import TeacherTargets
 
 # int8 with per-token scale on heavy tails: amax of 1024 Student-t5 draws is about 10 deviations, the rounding error
 # uniform in a step of 10/127, so 1 - cos ~ (10/127)^2 / 12 / 2 = 2.6e-4.

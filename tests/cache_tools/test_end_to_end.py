@@ -19,11 +19,9 @@ from cache_tools.fingerprint import cache_fingerprint
 from cache_tools.options import TeacherOptions
 from cache_tools.read import TeacherCache
 from distill.config import TeacherConfig
-from distill.export import export_model
-from distill.model_card import Card
+from distill.export import Card, export_model
 from distill.models import create_vit
-from distill.targets import TeacherTargets
-from distill.teacher import FrozenTeacher, load_teacher
+from distill.teacher import FrozenTeacher, TeacherTargets, load_teacher
 from pipeline.batch import MultiCropBatch
 from pipeline.loader import open_loader
 from pipeline.options import ReadOptions

@@ -18,7 +18,7 @@ from cache_tools.join import unpack_ids
 from cache_tools.read import TeacherCache
 from cache_tools.verify import repair_cache, verify_cache
 from common.errors import UserError
-from distill.targets import TeacherTargets
+from distill.teacher import TeacherTargets
 from tests.cache_tools.synthetic import (
     SyntheticReader,
     SyntheticTeacher,

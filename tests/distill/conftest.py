@@ -12,7 +12,7 @@ from distill.config import LossConfig, PrototypeConfig, StudentConfig
 from distill.models import create_student
 from distill.prototypes import Prototypes, fit_prototypes
 from distill.step import DistillStep, StepInputs, StepScalars
-from distill.targets import TeacherTargets
+from distill.teacher import TeacherTargets
 
 TEACHER_DIM, PATCHES, IMAGES = 96, 36, 6
 

@@ -13,9 +13,8 @@ import torch
 
 from common.errors import UserError
 from distill.checkpoint import CheckpointWriter, list_checkpoints, load_newest, load_student
-from distill.config import RuntimeConfig, StudentConfig, TrainConfig
+from distill.config import RuntimeConfig, StudentConfig, TrainConfig, write_or_check_config
 from distill.optim import StudentEma
-from distill.run_folder import write_or_check_config
 from distill.step import DistillStep
 
 SmallDisk = Callable[[int], Path]

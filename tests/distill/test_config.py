@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from common.errors import UserError
-from distill.config import LOSS_PRESETS, DataConfig, TrainConfig, preset
-from distill.run_folder import load_config, write_or_check_config
+from distill.config import LOSS_PRESETS, DataConfig, TrainConfig, load_config, preset, write_or_check_config
 from distill.runtime import parse_config, step_seed
 from pipeline.augmentation import preset as augmentation_preset
 from pipeline.options import CropOptions

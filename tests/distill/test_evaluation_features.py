@@ -21,8 +21,17 @@ from distill.evaluation.features import (
     feature_sets,
     model_depth,
 )
-from distill.evaluation.metrics import cosine_to_teacher, fit_linear_map, rankme
-from distill.evaluation.pca import HIGH, LOW, fit_patch_basis, map_to_teacher, paint_patches, quantile
+from distill.evaluation.metrics import (
+    HIGH,
+    LOW,
+    cosine_to_teacher,
+    fit_linear_map,
+    fit_patch_basis,
+    map_to_teacher,
+    paint_patches,
+    quantile,
+    rankme,
+)
 from distill.models import create_vit
 from pipeline.batch import normalise
 

@@ -10,10 +10,16 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 from distill.evaluation.features import Features, FeatureSet
-from distill.evaluation.linear import LbfgsProtocol, LinearProtocol, LinearResult, best_result, linear_probe
-from distill.evaluation.logistic import fit_logistic
-from distill.evaluation.sgd_probe import SgdProtocol, fit_sgd
-from distill.evaluation.split import held_out_split, subset_rows
+from distill.evaluation.linear import (
+    LbfgsProtocol,
+    LinearProtocol,
+    LinearResult,
+    best_result,
+    held_out_split,
+    linear_probe,
+    subset_rows,
+)
+from distill.evaluation.logistic import SgdProtocol, fit_logistic, fit_sgd
 
 # The objective's smallest curvature is lambda >= 1e-3 along weights. Ours stops within 1e-13 of an objective below 2,
 # so within sqrt(2 * 2e-13 / 1e-3) = 2e-5 of the one minimum; scikit-learn at a gradient of 1e-8, within 1e-5.

@@ -17,8 +17,7 @@ from common.errors import UserError
 from distill.checkpoint import CheckpointWriter
 from distill.config import DataConfig, RuntimeConfig, StudentConfig, TeacherConfig, TrainConfig
 from distill.evaluation.sources import SourceContext, load_source
-from distill.export import ExportArgs, export_model, export_run
-from distill.model_card import Card
+from distill.export import Card, ExportArgs, export_model, export_run
 from distill.models import create_student, create_vit
 from shards.pack import pack
 

@@ -15,8 +15,16 @@ import torch
 
 from common.errors import UserError
 from distill import export
-from distill.export import ExportArgs, export_model, export_run, require_onnx, verify_export
-from distill.model_card import Card, render_card, teacher_licence
+from distill.export import (
+    Card,
+    ExportArgs,
+    export_model,
+    export_run,
+    render_card,
+    require_onnx,
+    teacher_licence,
+    verify_export,
+)
 from distill.models import create_vit
 
 IMG_SIZE = 32

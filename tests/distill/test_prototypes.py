@@ -21,7 +21,7 @@ from distill.prototypes import (
     save_prototypes,
     spherical_kmeans,
 )
-from distill.targets import TeacherTargets
+from distill.teacher import TeacherTargets
 
 CPU = torch.device("cpu")
 CONFIG = PrototypeConfig(num_prototypes=8, prototype_rows=256, prototype_iterations=10)

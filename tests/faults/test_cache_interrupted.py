@@ -20,7 +20,7 @@ from cache_tools.format import Paths, partial_path
 from cache_tools.read import TeacherCache
 from cache_tools.verify import verify_cache
 from common.errors import UserError
-from distill.targets import TeacherTargets
+from distill.teacher import TeacherTargets
 from pipeline.readers import TeacherCropBatch
 from tests.cache_tools.synthetic import SyntheticReader, SyntheticTeacher, synthetic_batch, synthetic_request
 

@@ -221,7 +221,7 @@ def test_a_substitute_that_is_bad_too_is_passed_over(plant):
 
 
 def test_skipping_beyond_the_budget_stops_with_the_numbers(plant, monkeypatch):
-    monkeypatch.setattr("pipeline.failures.PROBATION", 10)
+    monkeypatch.setattr("pipeline.jobs.PROBATION", 10)
     folder = plant(jpegs=dict.fromkeys(range(6), _garbage))
     with (
         _open(folder, on_bad_sample="skip", skip_budget=0.1) as loader,
@@ -233,11 +233,11 @@ def test_skipping_beyond_the_budget_stops_with_the_numbers(plant, monkeypatch):
 
 def test_probation_grants_the_budget_in_advance(plant, monkeypatch):
     order = epoch_order(ROWS, seed=1, epoch=0)
-    monkeypatch.setattr("pipeline.failures.PROBATION", 100)
+    monkeypatch.setattr("pipeline.jobs.PROBATION", 100)
     folder = plant(jpegs={int(order[0]): _garbage})
     batches, _ = _take(folder, 1, on_bad_sample="skip", skip_budget=0.01)
     assert len(batches) == 1
-    monkeypatch.setattr("pipeline.failures.PROBATION", 99)
+    monkeypatch.setattr("pipeline.jobs.PROBATION", 99)
     with (
         pytest.raises(UserError, match="1 of 4 samples"),
         _open(folder, on_bad_sample="skip", skip_budget=0.01) as loader,

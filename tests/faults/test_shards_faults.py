@@ -21,9 +21,9 @@ import simplejpeg
 from common.errors import UserError
 from shards.__main__ import main
 from shards.format import WORK_FOLDER, load_manifest
-from shards.lock import only_packer
 from shards.pack import pack
 from shards.sources.recognise import SourceOptions
+from shards.workers import only_packer
 
 
 @pytest.fixture
@@ -259,7 +259,7 @@ def test_a_second_packer_on_one_output_is_refused_while_the_first_works(source: 
 
 def test_a_packer_waits_for_the_workers_of_a_killed_one(source: Path, output: Path) -> None:
     (output / WORK_FOLDER).mkdir(parents=True)
-    orphan = "import sys, time; from pathlib import Path; from shards.lock import hold_as_worker\n"
+    orphan = "import sys, time; from pathlib import Path; from shards.workers import hold_as_worker\n"
     orphan += "with hold_as_worker(Path(sys.argv[1])): print('held', flush=True); input(); print('ended', flush=True)"
     command = [sys.executable, "-c", orphan, output / WORK_FOLDER]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:

@@ -17,8 +17,7 @@ import torch
 import train
 from cache_tools.__main__ import main as cache_tools
 from demo.images import compose_images
-from distill.export import export_model
-from distill.model_card import Card
+from distill.export import Card, export_model
 from distill.models import create_vit
 from distill.runtime import parse_config, process_group
 from shards.pack import pack

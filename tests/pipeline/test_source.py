@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from common.errors import UserError
-from pipeline.readahead import Readahead
+from pipeline.jobs import Readahead
 from shards.folder import ShardFolder
 
 ROWS = 48

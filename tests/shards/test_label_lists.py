@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from common.errors import UserError
-from shards.lock import hold_as_worker, only_packer
 from shards.pack import pack
 from shards.sources.folders import class_folders
 from shards.sources.labels import load_labels
 from shards.sources.recognise import SourceOptions
+from shards.workers import hold_as_worker, only_packer
 
 
 def refused(path: Path, message: str, classes: tuple[str, ...] | None = None) -> None:
@@ -104,7 +104,7 @@ def test_parquet_labels_beyond_the_named_classes_are_refused(tmp_path: Path) -> 
 def test_workers_that_never_end_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     work = tmp_path / "work"
     work.mkdir()
-    monkeypatch.setattr("shards.lock._ORPHANS_END_WITHIN", 0.1)
+    monkeypatch.setattr("shards.workers._ORPHANS_END_WITHIN", 0.1)
     expected = r"a worker of an earlier packer has not ended .*fuser .*worker-\d+.lock"
     with hold_as_worker(work), pytest.raises(UserError, match=expected), only_packer(work):
         pass

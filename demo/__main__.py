@@ -111,10 +111,6 @@ def main() -> int:
     return run_command(lambda: run_demo(config))
 
 
-if __name__ == "__main__":
-    sys.exit(main())
-
-
 _SHEET_IMAGES = 6
 _SHEET_LOCALS = 4
 
@@ -154,3 +150,7 @@ def write_summary(run: Path, config: DemoConfig, *, seconds: float) -> str:
     )
     (config.output / "results.txt").write_text(text)
     return text
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -262,10 +262,6 @@ def export_and_say(arguments: ExportArgs) -> None:
     print(f'{folder}: written and verified. timm.create_model("local-dir:{folder}", pretrained=True) loads it.')
 
 
-if __name__ == "__main__":
-    sys.exit(main())
-
-
 UNKNOWN_LICENCE = "unknown"
 # Identifiers that model hubs know; another licence is "other" with its name.
 HUB_LICENCES = ("apache-2.0", "mit", "cc-by-4.0", "cc-by-nc-4.0")
@@ -382,3 +378,7 @@ def _accuracy(card: Card) -> str:
         lines.append(f"| {model['name']} | {' | '.join(cells)} | {model['best']['top1']:.2f} |")
     lines.append(f"\nTop-1 in percent on the run's val shards, protocol `{probe['protocol_sha256'][:12]}`.")
     return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

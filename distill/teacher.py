@@ -1,4 +1,4 @@
-"""The frozen teacher: a timm ViT, its final-norm tokens as the losses take them, and the fingerprint a cache is bound to."""
+"""The frozen teacher: a timm ViT, the final-norm tokens that losses take, and the fingerprint a cache is bound to."""
 
 from __future__ import annotations
 

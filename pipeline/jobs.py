@@ -1,4 +1,4 @@
-"""From rows to crops in the feeder thread: advice to the disk, requests in flight, bad samples, the GPU's side stream."""
+"""From rows to crops in the feeder thread: readahead, requests in flight, bad samples, the GPU's side stream."""
 
 from __future__ import annotations
 

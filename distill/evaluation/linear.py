@@ -1,4 +1,4 @@
-"""Linear probe: logistic regression on frozen features, its strength chosen on a held-out part of train, and that split."""
+"""Linear probe: logistic regression on frozen features, its strength chosen on a held-out part of train."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Label-free measures of features: effective rank, agreement with the teacher through a linear map, and colours by its components."""
+"""Label-free views of features: effective rank, agreement with the teacher, colours by its principal components."""
 
 from __future__ import annotations
 

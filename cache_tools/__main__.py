@@ -12,7 +12,7 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from cache_tools.build import build_cache, decoder_name
+from cache_tools.build import decoder_name
 from cache_tools.calibrate import measure_features
 from cache_tools.fingerprint import cache_fingerprint
 from cache_tools.format import CacheSpec, read_attributes
@@ -86,23 +86,9 @@ def _print(value: object) -> None:
 
 
 def _build(command: Build) -> int:
-    options = command.teacher
-    device = pick_device(options.device)
-    report = build_cache(
-        options.shards,
-        command.cache,
-        teacher=options.teacher(device),
-        augmentation=options.teacher_crops(),
-        seed=options.data_seed,
-        view_sets=command.view_sets,
-        codec=command.codec,
-        batch_size=options.batch_size,
-        device=device,
-        reading=options.reading(),
-        rank=int(os.environ.get("RANK", "0")),
-        world_size=int(os.environ.get("WORLD_SIZE", "1")),
-        calibration_rows=command.calibration_rows,
-    )
+    device = pick_device(command.teacher.device)
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    report = command.run(command.teacher.teacher(device), device, rank=rank, world_size=world_size)
     speed = report.rows_written / max(report.seconds, 1e-9)
     done = "complete: " + ", ".join(f"v{k}" for k in report.finished) if report.finished else "other ranks still write"
     print(f"{command.cache}: {report.rows_written:,} rows in {report.seconds:.1f} s ({speed:,.0f} images/s); {done}")

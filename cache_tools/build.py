@@ -5,14 +5,13 @@ from __future__ import annotations
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -28,11 +27,10 @@ from cache_tools.codec import (
 )
 from cache_tools.commit import committed_shards, remove_spent_locks, write_manifest
 from cache_tools.errors import CacheMismatch
-from cache_tools.fingerprint import Json, cache_fingerprint, check_fingerprint
+from cache_tools.fingerprint import Json, check_fingerprint
 from cache_tools.format import (
     FORMAT_VERSION,
     CacheSpec,
-    CodecName,
     Paths,
     create_group,
     create_view_set,
@@ -42,11 +40,8 @@ from cache_tools.write import ReadCrops, ViewSetBuild
 from common.errors import UserError
 from common.hashing import json_sha256
 from distill.teacher import TeacherTargets
-from pipeline.augmentation import Augmentation
 from pipeline.backend import choose_backend
-from pipeline.options import ReadOptions
-from pipeline.readers import TeacherCropBatch, in_batches, read_teacher_crops
-from shards.format import load_manifest
+from pipeline.readers import TeacherCropBatch, in_batches
 
 DEFAULT_CALIBRATION_ROWS = 2048
 # Tokens on which the codec is measured: the matrix logarithm grows with the cube of a crop's tokens.
@@ -133,34 +128,27 @@ class CacheCost:
         )
 
 
-def cache_cost(root: Path, spec: CacheSpec, view_sets: int) -> CacheCost:
-    """Return what a cache takes, what of it is not yet committed, and the free space where it will lie."""
+def check_disk(root: Path, spec: CacheSpec, view_sets: int) -> CacheCost:
+    """Return what a cache takes, what of it is not yet committed, and the free space where it will lie.
+
+    Raises:
+        UserError: the disk is too small for what is left to write.
+    """
     place = root
     while not place.exists():
         place = place.parent
-    total = spec.view_set_bytes() * view_sets
     done = sum(
         array.file_bytes(spec.shard_rows[shard], spec.capacity)
         for k in range(view_sets)
         for shard in committed_shards(Paths(root), k, spec)
         for array in spec.arrays()
     )
-    return CacheCost(
-        bytes_per_image=spec.view_set_bytes() / spec.num_rows,
-        total=total,
-        remaining=total - done,
-        free=shutil.disk_usage(place).free,
-    )
-
-
-def check_disk(root: Path, spec: CacheSpec, view_sets: int) -> CacheCost:
-    """Return the cost; UserError where the disk is too small for what is left to write."""
-    cost = cache_cost(root, spec, view_sets)
-    if cost.remaining and cost.remaining + SPARE_BYTES > cost.free:
+    total, free = spec.view_set_bytes() * view_sets, shutil.disk_usage(place).free
+    cost = CacheCost(spec.view_set_bytes() / spec.num_rows, total, total - done, free)
+    if cost.remaining and cost.remaining + SPARE_BYTES > free:
         raise UserError(
             f"{root}: the disk is too small. {cost.describe(view_sets, spec.num_rows)}. Free "
-            f"{(cost.remaining + SPARE_BYTES - cost.free) / 1e9:.2f} GB, choose another folder, or build fewer "
-            "view sets."
+            f"{(cost.remaining + SPARE_BYTES - free) / 1e9:.2f} GB, choose another folder, or build fewer view sets."
         )
     return cost
 
@@ -325,81 +313,3 @@ def _progress_bar(name: str, rows: int, *, shown: bool) -> Iterator[Any]:
 def decoder_name(backend: str, device: torch.device) -> str:
     """Return what turns JPEG bytes into crops, as the fingerprint has it: the backend taken, and where it runs."""
     return f"{choose_backend(backend, device)[0]}-{device.type}"
-
-
-def build_cache(
-    shards: str | Path,
-    cache: str | Path,
-    *,
-    teacher: Teacher,
-    augmentation: Augmentation,
-    seed: int,
-    view_sets: int = 1,
-    codec: CodecName = "int8",
-    batch_size: int = 64,
-    device: torch.device | str = "cpu",
-    reading: Mapping[str, Any] = ReadOptions().reading(),
-    rank: int = 0,
-    world_size: int = 1,
-    calibration_rows: int = DEFAULT_CALIBRATION_ROWS,
-    progress: bool = True,
-) -> BuildReport:
-    """Cache a teacher's outputs on the global crops of every image in a folder of shards; see `run_build`.
-
-    Args:
-        shards: folder of packed shards.
-        cache: folder of the cache; new, or one that an earlier call began.
-        teacher: the frozen teacher on `device`.
-        augmentation: decides the global crops, with `seed`.
-        seed: seed of the crop plan, the trainer's.
-        view_sets: number K of crop pairs an image; epoch e of training uses e mod K. May grow later.
-        codec: "int8", or "fp16" of twice the size.
-        batch_size: images the teacher sees at once.
-        device: of decoder and teacher.
-        reading: who decodes and crops, see `ReadOptions.reading`.
-        rank: of this process among those that build together.
-        world_size: their number.
-        calibration_rows: first rows from which the int8 codec is calibrated.
-        progress: show it on the first rank.
-
-    Raises:
-        UserError: see `run_build`, and whatever shards and decoder refuse.
-    """
-    place = torch.device(device)
-    manifest = load_manifest(shards)
-    taken, reason = choose_backend(reading["backend"], place)
-    spec = CacheSpec(
-        shard_rows=tuple(shard.rows for shard in manifest.shards),
-        num_crops=augmentation.num_global_crops,
-        num_patches=teacher.num_patches(),
-        embed_dim=teacher.embed_dim,
-        codec=codec,
-    )
-    fingerprint = cache_fingerprint(
-        manifest=manifest,
-        augmentation=augmentation,
-        seed=seed,
-        teacher=teacher.fingerprint(),
-        decoder=decoder_name(taken, place),
-        codec=codec,
-        calibration_rows=min(calibration_rows, manifest.num_rows),
-    )
-    request = BuildRequest(Path(cache), spec, fingerprint, view_sets, batch_size, place, calibration_rows)
-    if progress and rank == 0:
-        cost = check_disk(request.root, spec, view_sets)
-        print(f"{cache}: {cost.describe(view_sets, spec.num_rows)}. Crops by {taken}: {reason}", file=sys.stderr)
-    read_crops = crop_reader(shards, seed, augmentation, place, {**reading, "backend": taken})
-    return run_build(request, teacher, read_crops, rank=rank, world_size=world_size, progress=progress)
-
-
-def crop_reader(
-    shards: str | Path, seed: int, augmentation: Augmentation, device: torch.device, reading: Mapping[str, Any]
-) -> ReadCrops:
-    """Return what reads the clean global crops of given batches of rows from a folder of shards."""
-
-    def read(batches: Sequence[npt.NDArray[np.int64]], view_set: int) -> Iterable[TeacherCropBatch]:
-        return read_teacher_crops(
-            shards, batches, view_set=view_set, seed=seed, augmentation=augmentation, device=device, **reading
-        )
-
-    return read

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -9,15 +10,25 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from cache_tools.build import DEFAULT_CALIBRATION_ROWS, crop_reader
-from cache_tools.fingerprint import flatten
-from cache_tools.format import CodecName
+from cache_tools.build import (
+    DEFAULT_CALIBRATION_ROWS,
+    BuildReport,
+    BuildRequest,
+    Teacher,
+    check_disk,
+    decoder_name,
+    run_build,
+)
+from cache_tools.fingerprint import cache_fingerprint, flatten
+from cache_tools.format import CacheSpec, CodecName
 from cache_tools.write import ReadCrops
 from common.errors import UserError
 from distill.config import DEFAULT_TEACHER, TeacherConfig
 from distill.teacher import FrozenTeacher, load_teacher
 from pipeline.backend import choose_backend
 from pipeline.options import CropOptions, ReadOptions
+from pipeline.readers import read_teacher_crops
+from shards.format import load_manifest
 
 PRESETS = ("dino", "dinov2_released")
 CachePath = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CACHE")]
@@ -53,8 +64,10 @@ class TeacherOptions(CropOptions, ReadOptions):
 
     def read_crops(self, device: torch.device) -> ReadCrops:
         """Return a reader of the clean crops of batches of rows."""
-        reading = self.reading() | {"backend": choose_backend(self.backend, device)[0]}
-        return crop_reader(self.shards, self.data_seed, self.teacher_crops(), device, reading)
+        common = {"seed": self.data_seed, "augmentation": self.teacher_crops(), "device": device, **self.reading()}
+        # Resolved now, so that an unknown or absent backend is refused before the teacher runs.
+        common["backend"] = choose_backend(self.backend, device)[0]
+        return lambda batches, view_set: read_teacher_crops(self.shards, batches, view_set=view_set, **common)
 
 
 @dataclass(frozen=True)
@@ -71,6 +84,38 @@ class Build:
     """int8, or fp16 of twice the size."""
     calibration_rows: int = DEFAULT_CALIBRATION_ROWS
     """First rows from which the int8 codec is calibrated."""
+
+    def run(
+        self, teacher: Teacher, device: torch.device, *, rank: int = 0, world_size: int = 1, progress: bool = True
+    ) -> BuildReport:
+        """Build what is not yet there, as one of `world_size` ranks; see `run_build`."""
+        options, augmentation = self.teacher, self.teacher.teacher_crops()
+        manifest = load_manifest(options.shards)
+        backend, reason = choose_backend(options.backend, device)
+        spec = CacheSpec(
+            shard_rows=tuple(shard.rows for shard in manifest.shards),
+            num_crops=augmentation.num_global_crops,
+            num_patches=teacher.num_patches(),
+            embed_dim=teacher.embed_dim,
+            codec=self.codec,
+        )
+        fingerprint = cache_fingerprint(
+            manifest=manifest,
+            augmentation=augmentation,
+            seed=options.data_seed,
+            teacher=teacher.fingerprint(),
+            decoder=decoder_name(backend, device),
+            codec=self.codec,
+            calibration_rows=min(self.calibration_rows, manifest.num_rows),
+        )
+        request = BuildRequest(
+            self.cache, spec, fingerprint, self.view_sets, options.batch_size, device, self.calibration_rows
+        )
+        if progress and rank == 0:
+            cost = check_disk(request.root, spec, self.view_sets).describe(self.view_sets, spec.num_rows)
+            print(f"{self.cache}: {cost}. Crops by {backend}: {reason}", file=sys.stderr)
+        crops = options.read_crops(device)
+        return run_build(request, teacher, crops, rank=rank, world_size=world_size, progress=progress)
 
 
 @dataclass(frozen=True)

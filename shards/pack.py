@@ -31,10 +31,18 @@ from shards.format import (
 from shards.index import write_index
 from shards.listing import Listing, write_listing
 from shards.sanitize import policy_fields
-from shards.shard_writer import WARNED_COUNT, ShardJob, ShardRecord, ShardSettings, merged_columns, read_record
+from shards.shard_writer import (
+    WARNED_COUNT,
+    ShardJob,
+    ShardRecord,
+    ShardSettings,
+    finish_shard,
+    merged_columns,
+    read_record,
+)
 from shards.sources.base import Source
 from shards.sources.recognise import SourceOptions, recognise
-from shards.workers import finish_shards, only_packer
+from shards.workers import only_packer, run_jobs
 
 ROWS_PER_SHARD = 2048
 LISTING_FOLDER, RECORDS_FOLDER = "listing", "records"
@@ -247,14 +255,15 @@ class _Run:
         quarantined = 0
         with tqdm(total=len(listing), desc="packing", unit=" images", disable=not self.progress) as bar:
 
-            def report(done: int, newly_quarantined: int) -> None:
+            def report(finished: tuple[int, int]) -> None:
                 nonlocal quarantined
+                done, newly_quarantined = finished
                 quarantined += newly_quarantined
                 bar.set_postfix(quarantined=quarantined, refresh=False)
                 bar.update(done)
 
             jobs = (self._job(listing, number) for number in range(num_shards))
-            finish_shards(self.output, jobs, min(workers, num_shards), report)
+            run_jobs(finish_shard, jobs, min(workers, num_shards), report, packed_in=self.output / WORK_FOLDER)
         return self._publish(listing, num_shards)
 
     def _job(self, listing: Listing, number: int) -> ShardJob:

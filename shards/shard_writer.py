@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from shards.index import COLUMN_DTYPES
 from shards.sanitize import MAX_FILE_BYTES, ImageRejected, ImageWarned, StoredImage, sanitise
 from shards.sources.base import Container, SourceItem
 from shards.tar_format import add_sample, open_tar
+from shards.workers import check_stop
 
 ROW_COLUMNS = {name: dtype for name, dtype in COLUMN_DTYPES.items() if name != "shard"}
 WARNED_COUNT = "quarantined for a warning"  # of the quarantined: what other programs read all the same
@@ -120,12 +121,8 @@ class ShardJob:
     rows: Sequence[tuple[SourceItem, str, bool]]
 
 
-def finish_shard(job: ShardJob, check_stop: Callable[[], None]) -> tuple[int, int]:
+def finish_shard(job: ShardJob) -> tuple[int, int]:
     """Keep the shard if it is finished and whole, otherwise pack it; return rows done and of these quarantined.
-
-    Args:
-        job: the shard.
-        check_stop: called before each row; raises where packing is to stop.
 
     Raises:
         UserError: the disk is full, or the source cannot be read or changed.
@@ -133,11 +130,11 @@ def finish_shard(job: ShardJob, check_stop: Callable[[], None]) -> tuple[int, in
     record = finished_record(job.number, job.output, job.records)
     if record is None:
         with ImageReader(job.containers) as reader:
-            record = _write_shard(job, reader, check_stop)
+            record = _write_shard(job, reader)
     return record.entry.rows + len(record.quarantined), len(record.quarantined)
 
 
-def _write_shard(job: ShardJob, reader: ImageReader, check_stop: Callable[[], None]) -> ShardRecord:
+def _write_shard(job: ShardJob, reader: ImageReader) -> ShardRecord:
     """Write the tar and then its record."""
     rows, path = _Rows(), job.output / shard_name(job.number)
     with open_atomic(path) as file:

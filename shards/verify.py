@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-import multiprocessing
 import os
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -33,6 +31,7 @@ from shards.format import (
 from shards.index import ShardIndex, read_index
 from shards.shard_writer import label_text, sample_json
 from shards.tar_format import BLOCK, add_sample, open_tar, padded
+from shards.workers import check_stop, run_jobs
 
 _LAST_DESCRIPTION = 1 << 16  # bytes that hold any description, where no next sample tells its end
 
@@ -97,24 +96,16 @@ def verify(
     total = sum(shard.bytes for shard in manifest.shards)
     every = round(1 / decode) if decode else 0
     processes = min(workers or len(os.sched_getaffinity(0)), len(manifest.shards))
-    jobs = [(folder, manifest, k, _rows_of(index, manifest, k), every) for k in range(len(manifest.shards))]
+    jobs = ((folder, manifest, k, _rows_of(index, manifest, k), every) for k in range(len(manifest.shards)))
+    of_shards: dict[int, list[Fault]] = {}
     with tqdm(total=total, desc="verifying", unit="B", unit_scale=True, disable=not progress) as bar:
-        for number, found in _map(jobs, processes):
-            faults.extend(found)
+
+        def report(checked: tuple[int, list[Fault]]) -> None:
+            number, of_shards[number] = checked
             bar.update(manifest.shards[number].bytes)
-            bar.set_postfix(faults=len(faults), refresh=False)
-    return faults
 
-
-_Job = tuple[Path, Manifest, int, _Rows | None, int]
-
-
-def _map(jobs: list[_Job], processes: int) -> Iterator[tuple[int, list[Fault]]]:
-    if processes == 1:
-        yield from ((number, _verify_shard(*job)) for number, job in enumerate(jobs))
-        return
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        yield from enumerate(pool.map(_verify_shard, *zip(*jobs, strict=True)))
+        run_jobs(_verify_shard, jobs, processes, report)
+    return faults + [fault for number in sorted(of_shards) for fault in of_shards[number]]
 
 
 def _rows_of(index: ShardIndex | None, manifest: Manifest, shard: int) -> _Rows | None:
@@ -150,12 +141,13 @@ def _listed_files(folder: Path, manifest: Manifest) -> Iterator[Fault]:
             yield Fault(entry.name, None, f"sha256 differs ({size} bytes, the manifest says {entry.bytes})")
 
 
-def _verify_shard(folder: Path, manifest: Manifest, number: int, rows: _Rows | None, every: int) -> list[Fault]:
+def _verify_shard(job: tuple[Path, Manifest, int, _Rows | None, int]) -> tuple[int, list[Fault]]:
     """Check one tar by size and sha256; where they differ, look for the rows that are damaged."""
+    folder, manifest, number, rows, every = job
     entry = manifest.shards[number]
     path = folder / entry.name
     if not path.is_file():
-        return []
+        return number, []
     size = path.stat().st_size
     try:
         same = size == entry.bytes and file_sha256(path) == entry.sha256
@@ -165,10 +157,11 @@ def _verify_shard(folder: Path, manifest: Manifest, number: int, rows: _Rows | N
             if rows is not None and every and size:
                 for row in rows.numbers():
                     if row % every == 0 and row not in damaged:
+                        check_stop()
                         faults.extend(_decode(tar, rows, row, entry.name))
     except OSError as error:
-        return [Fault(entry.name, None, f"cannot be read: {error.strerror}")]
-    return faults
+        faults = [Fault(entry.name, None, f"cannot be read: {error.strerror}")]
+    return number, faults
 
 
 def _look_for_damage(

@@ -1,4 +1,4 @@
-"""Who packs: one packer at a time in a folder, and its processes, which end with it and stop at once when told."""
+"""Work shared among processes that end with their parent and stop at once when told; one packer a folder."""
 
 from __future__ import annotations
 
@@ -10,97 +10,120 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, contextmanager
-from multiprocessing.synchronize import Event
 from pathlib import Path
+from typing import Any, TypeVar
 
 from common.errors import UserError
 from common.locks import file_lock
-from shards.format import WORK_FOLDER
-from shards.shard_writer import ShardJob, finish_shard
 
-Report = Callable[[int, int], None]  # (rows done, of them quarantined) of a shard that is finished
+Job = TypeVar("Job")
+Result = TypeVar("Result")
 
 
 class _Stopped(Exception):
     """Another worker failed or the user interrupted."""
 
 
-_stop: Event
+_stop: Any = None  # in a worker: the byte by which its parent tells it to stop
 
 
-def _start_worker(output: Path, stop: Event) -> None:
-    global _stop
-    _stop = stop
-    # Entered and never left: the system lets go of the lock when the process ends.
-    hold_as_worker(output / WORK_FOLDER).__enter__()
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """Wait for the packer to die, and die: idle or not, a worker must not outlive it."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _check_stop() -> None:
-    if _stop.is_set():
+def check_stop() -> None:
+    """Leave the job where the others stop; for jobs to call between their rows."""
+    if _stop is not None and _stop.value:
         raise _Stopped
 
 
-def _finish_shard(job: ShardJob) -> tuple[int, int]:
-    return finish_shard(job, _check_stop)
+def run_jobs(
+    work: Callable[[Job], Result],
+    jobs: Iterable[Job],
+    workers: int,
+    report: Callable[[Result], None],
+    *,
+    packed_in: Path | None = None,
+) -> None:
+    """Call `work` for each job in `workers` processes, with one in this process; `report` takes results as they come.
 
+    Ctrl-C is raised between two results. What `work` raises stops the other workers and is raised here.
 
-def finish_shards(output: Path, jobs: Iterable[ShardJob], workers: int, report: Report) -> None:
-    """Finish shards with `workers` processes; with one, in this process.
+    Args:
+        work: a function of a module, since it is sent to the processes.
+        jobs: taken as they are needed: few are in memory.
+        workers: processes.
+        report: called in this process.
+        packed_in: folder of the work in progress in which each worker holds a lock, see `only_packer`.
 
     Raises:
-        UserError: the first that a worker met; the others have then stopped.
+        UserError: a worker died.
     """
     if workers == 1:
         for job in jobs:
-            report(*finish_shard(job, lambda: None))
+            report(work(job))
         return
     context = multiprocessing.get_context("spawn")
-    stop = context.Event()
-    with ProcessPoolExecutor(workers, context, _start_worker, (output, stop)) as pool:
+    # Without a lock: a worker killed while it holds one would leave the others and this process waiting for ever.
+    stop = context.RawValue("b", 0)
+    # In this order: the first lock of a pool starts a process that unblocks Ctrl-C.
+    with ProcessPoolExecutor(workers, context, _start_worker, (stop, packed_in)) as pool, _interrupts_held():
         try:
-            pending: set[Future[tuple[int, int]]] = set()
+            pending: set[Future[Result]] = set()
             for job in jobs:
-                with _interrupts_held():
-                    pending.add(pool.submit(_finish_shard, job))
-                if len(pending) >= 2 * workers:  # so that the rows of few shards are in memory
+                pending.add(pool.submit(work, job))
+                if len(pending) >= 2 * workers:
                     pending = _report_finished(pending, report)
             while pending:
                 pending = _report_finished(pending, report)
         except BaseException as error:
-            stop.set()
+            stop.value = 1
             pool.shutdown(cancel_futures=True)
             if isinstance(error, BrokenProcessPool):
                 raise UserError(
-                    f"{output}: a packing process died (killed, or out of memory). Run the same command "
-                    "again: what is finished is kept; try fewer --workers if memory was short."
+                    "a worker process died (killed, or out of memory). Run the same command again: what is finished "
+                    "is kept; try fewer --workers if memory was short."
                 ) from error
             raise
 
 
-def _report_finished(pending: set[Future[tuple[int, int]]], report: Report) -> set[Future[tuple[int, int]]]:
-    finished, pending = wait(pending, return_when=FIRST_COMPLETED)
+def _report_finished(pending: set[Future[Result]], report: Callable[[Result], None]) -> set[Future[Result]]:
+    finished: set[Future[Result]] = set()
+    while not finished:
+        _let_interrupt_through()
+        finished, pending = wait(pending, timeout=0.1, return_when=FIRST_COMPLETED)
     for future in finished:
-        report(*future.result())
+        report(future.result())
     return pending
 
 
 @contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """Let Ctrl-C wait: processes started meanwhile never see it, and the parent, which decides, sees it after."""
+    """Let Ctrl-C wait. The workers, which inherit this, never see it. Here it would break into the pool's own locks,
+    which then nobody frees."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _let_interrupt_through() -> None:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+
+
+def _start_worker(stop: Any, packed_in: Path | None) -> None:
+    global _stop
+    _stop = stop
+    if packed_in is not None:
+        # Entered and never left: the system lets go of the lock when the process ends.
+        hold_as_worker(packed_in).__enter__()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Wait for the parent to die, and die: idle or not, a worker must not outlive it."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 _ORPHANS_END_WITHIN = 60.0  # seconds; a worker ends within milliseconds of its parent

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,10 +14,9 @@ import torch
 from PIL import Image
 
 from cache_tools.__main__ import main
-from cache_tools.build import build_cache
 from cache_tools.errors import CacheMismatch, CacheStale
 from cache_tools.fingerprint import cache_fingerprint
-from cache_tools.options import TeacherOptions
+from cache_tools.options import Build, TeacherOptions
 from cache_tools.read import TeacherCache
 from distill.config import TeacherConfig
 from distill.export import Card, export_model
@@ -24,7 +24,6 @@ from distill.models import create_vit
 from distill.teacher import FrozenTeacher, TeacherTargets, load_teacher
 from pipeline.batch import MultiCropBatch
 from pipeline.loader import open_loader
-from pipeline.options import ReadOptions
 from shards.format import load_manifest
 from shards.index import load_index
 from shards.pack import pack
@@ -36,7 +35,6 @@ CPU = torch.device("cpu")
 # tokens of the final norm (of order 1). 2^-24 * sqrt(256) * about 20 operations.
 TEACHER_NOISE = 2e-5
 
-READING = ReadOptions(backend="cpu", num_threads=1).reading()
 
 
 def write_images(folder: Path, *, changed: int | None = None) -> Path:
@@ -129,12 +127,14 @@ def test_cached_targets_of_the_training_loader_equal_the_live_teacher_within_the
         assert {view_set for view_set, _ in seen} == {0, 1} and len(seen) == 2 * 12  # drop-last of 14
 
 
+def build(world: SimpleNamespace, cache: Path, *, options: dict[str, str] | None = None, view_sets: int = 1) -> Build:
+    teacher = replace(world.options, batch_size=4, num_threads=1, **(options or {}))
+    return Build(teacher, cache, view_sets=view_sets, calibration_rows=8)
+
+
 def test_cached_equals_live_with_the_dali_backend_too(world: SimpleNamespace, tmp_path: Path) -> None:
     pytest.importorskip("nvidia.dali", reason="needs the nvidia-dali package")
-    build_cache(
-        world.shards, tmp_path, teacher=world.teacher, augmentation=world.options.teacher_crops(), seed=5, view_sets=1,
-        batch_size=4, reading=ReadOptions(backend="dali", num_threads=1).reading(), calibration_rows=8, progress=False,
-    )  # fmt: skip
+    build(world, tmp_path, options={"backend": "dali"}).run(world.teacher, CPU, progress=False)
     expect = expected_fingerprint(world, decoder="dali-cpu")
     with TeacherCache.open(tmp_path, expect=expect) as cache:
         for batch in open_batches(world, world.shards, backend="dali", view_sets=1):
@@ -187,8 +187,6 @@ def test_each_hard_field_of_a_real_fingerprint_is_compared(
 
 
 def test_what_does_not_touch_the_teacher_may_change_under_a_cache(world: SimpleNamespace) -> None:
-    from dataclasses import replace
-
     other = replace(
         world.options.teacher_crops(), patch_size=PATCH, mask_patch_size=16, mask_ratio=0.3, num_local_crops=4,
         local_crops_size=16, gray_prob=0.9, brightness=0.1,
@@ -207,11 +205,8 @@ def test_same_build_again_writes_nothing_and_grows_by_view_sets(
 
 def test_two_ranks_of_the_real_builder_write_the_bytes_of_one(world: SimpleNamespace, tmp_path: Path) -> None:
     for rank in (0, 1):
-        build_cache(
-            world.shards, tmp_path / "cache", teacher=world.teacher, augmentation=world.options.teacher_crops(), seed=5,
-            view_sets=2, batch_size=4, reading=READING, rank=rank, world_size=2, calibration_rows=8,
-            progress=False,
-        )  # fmt: skip
+        command = build(world, tmp_path / "cache", view_sets=2)
+        command.run(world.teacher, CPU, rank=rank, world_size=2, progress=False)
     for path in sorted(world.cache.rglob("*")):
         if path.is_file():
             assert (tmp_path / "cache" / path.relative_to(world.cache)).read_bytes() == path.read_bytes(), path
@@ -325,7 +320,4 @@ def test_teacher_overflow_in_the_real_teacher_is_an_error(world: SimpleNamespace
     loud = Loud.__new__(Loud)
     loud.__dict__.update(world.teacher.__dict__)
     with pytest.raises(ValueError, match=r"cls token: largest magnitude .*, fp16 holds 65504"):
-        build_cache(
-            world.shards, tmp_path / "cache", teacher=loud, augmentation=world.options.teacher_crops(), seed=5,
-            batch_size=4, reading=READING, progress=False,
-        )  # fmt: skip
+        build(world, tmp_path / "cache").run(loud, CPU, progress=False)

@@ -1,6 +1,5 @@
 """Builds that are killed, refused by the disk, or run beside each other leave a cache that the next one finishes."""
 
-import multiprocessing
 import os
 import shutil
 import signal
@@ -23,6 +22,7 @@ from common.errors import UserError
 from distill.teacher import TeacherTargets
 from pipeline.readers import TeacherCropBatch
 from tests.cache_tools.synthetic import SyntheticReader, SyntheticTeacher, synthetic_batch, synthetic_request
+from tests.faults.forks import FORKS
 
 SHARD_ROWS = (9, 9, 8, 9, 5, 9, 9, 9, 9, 3, 9, 9)
 
@@ -52,7 +52,6 @@ def snapshot(root: Path) -> dict[str, bytes]:
 def test_killed_builds_of_changing_rank_numbers_end_as_an_unbroken_one(
     tmp_path: Path, seed: int, least_kills: int
 ) -> None:
-    context = multiprocessing.get_context("fork")
     unbroken = tmp_path / "unbroken"
     build_rank(unbroken, 0, 1)
     root = tmp_path / "stormy"
@@ -60,7 +59,7 @@ def test_killed_builds_of_changing_rank_numbers_end_as_an_unbroken_one(
     kills, commits_seen = 0, set()
     for storm in range(1000):
         world_size = 1 + storm % 3
-        ranks = [context.Process(target=build_rank, args=(root, rank, world_size)) for rank in range(world_size)]
+        ranks = [FORKS.Process(target=build_rank, args=(root, rank, world_size)) for rank in range(world_size)]
         for process in ranks:
             process.start()
         # By progress, not by the clock: after up to two commits, or at once.
@@ -73,17 +72,17 @@ def test_killed_builds_of_changing_rank_numbers_end_as_an_unbroken_one(
                 os.kill(process.pid, signal.SIGKILL)
                 kills += 1
         for process in ranks:
-            process.join(30)
+            process.join()
         commits_seen.add(len(list(root.glob("commit/v*/*.json"))))
         if kills >= least_kills and len(commits_seen) > 3:
             break
     assert kills >= least_kills
     assert len(commits_seen) > 3  # the storm hit builds that were under way
-    ranks = [context.Process(target=build_rank, args=(root, rank, 2)) for rank in range(2)]
+    ranks = [FORKS.Process(target=build_rank, args=(root, rank, 2)) for rank in range(2)]
     for process in ranks:
         process.start()
     for process in ranks:
-        process.join(120)
+        process.join()
         assert process.exitcode == 0
     assert snapshot(root) == snapshot(unbroken)
     assert verify_cache(root, deep=True).damages == ()
@@ -91,14 +90,13 @@ def test_killed_builds_of_changing_rank_numbers_end_as_an_unbroken_one(
 
 @pytest.mark.parametrize("world_size", [2, 3, 20])
 def test_ranks_together_write_the_same_bytes_as_one(tmp_path: Path, world_size: int) -> None:
-    context = multiprocessing.get_context("fork")
     root, alone = tmp_path / "together", tmp_path / "alone"
     build_rank(alone, 0, 1)
-    ranks = [context.Process(target=build_rank, args=(root, rank, world_size)) for rank in range(world_size)]
+    ranks = [FORKS.Process(target=build_rank, args=(root, rank, world_size)) for rank in range(world_size)]
     for process in ranks:
         process.start()
     for process in ranks:
-        process.join(120)
+        process.join()
         assert process.exitcode == 0
     assert snapshot(root) == snapshot(alone)
 

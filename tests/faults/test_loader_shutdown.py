@@ -21,7 +21,7 @@ from pipeline.readers import read_center_crops
 from shards.pack import pack
 
 # Longer than the import of torch and DALI on a loaded machine; a hang lasts for ever.
-PATIENCE = 1500
+PATIENCE = 1000
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = Augmentation(num_local_crops=1, global_crops_size=32, local_crops_size=16, patch_size=8, mask_patch_size=8)
 

@@ -53,16 +53,16 @@ def folder_bytes(folder: Path) -> dict[str, bytes]:
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, shards: int, error: BaseException) -> None:
     """Make packing fail when it comes to that shard."""
-    import shards.workers as workers
+    import shards.pack as packing
 
-    real = workers.finish_shard
+    real = packing.finish_shard
 
-    def limited(job: Any, check_stop: Any) -> Any:
+    def limited(job: Any) -> Any:
         if job.number == shards:
             raise error
-        return real(job, check_stop)
+        return real(job)
 
-    monkeypatch.setattr(workers, "finish_shard", limited)
+    monkeypatch.setattr(packing, "finish_shard", limited)
 
 
 def assert_unfinished_then_whole(source: Path, output: Path, tmp_path: Path) -> None:
@@ -159,18 +159,18 @@ def test_a_source_that_changes_while_it_is_packed_is_named(
     import shards.pack as packing
 
     changed = source / "class1" / "00001.jpg"
-    real = packing.finish_shards
+    real = packing.run_jobs
 
-    def listed_then_changed(*arguments: Any) -> Any:
+    def listed_then_changed(*arguments: Any, **options: Any) -> Any:
         if change == "size":
             changed.write_bytes(changed.read_bytes() + b"x")
         elif change == "mtime":
             os.utime(changed, (1, 1))
         else:
             changed.unlink()
-        return real(*arguments)
+        return real(*arguments, **options)
 
-    monkeypatch.setattr(packing, "finish_shards", listed_then_changed)
+    monkeypatch.setattr(packing, "run_jobs", listed_then_changed)
     expected = "cannot be read" if change == "removed" else "changed while it was packed"
     with pytest.raises(UserError, match=f"00001.jpg: {expected}"):
         run(source, output)
@@ -183,13 +183,13 @@ def test_a_tar_that_changes_while_it_is_packed_is_named(
 
     tar = tmp_path / "all.tar"
     subprocess.run(["tar", "cf", tar, "-C", source, "class0", "class1"], check=True)
-    real = packing.finish_shards
+    real = packing.run_jobs
 
-    def listed_then_touched(*arguments: Any) -> Any:
+    def listed_then_touched(*arguments: Any, **options: Any) -> Any:
         os.utime(tar, (1, 1))
-        return real(*arguments)
+        return real(*arguments, **options)
 
-    monkeypatch.setattr(packing, "finish_shards", listed_then_touched)
+    monkeypatch.setattr(packing, "run_jobs", listed_then_touched)
     with pytest.raises(UserError, match=r"all.tar: changed while it was packed"):
         run(tar, output)
     assert not list(output.glob("*.tar"))
@@ -291,7 +291,7 @@ def test_a_worker_that_dies_stops_packing_with_a_clear_error(
     for number in range(400):  # enough that the workers are still at it
         path = source / "class0" / f"more{number}.jpg"
         path.write_bytes((source / "class0" / "00000.jpg").read_bytes())
-    with pytest.raises(UserError, match=r"a packing process died .*Run the same command again"):
+    with pytest.raises(UserError, match=r"a worker process died .*Run the same command again"):
         run(source, output, workers=2)
     monkeypatch.undo()
     assert_unfinished_then_whole(source, output, tmp_path)

@@ -19,6 +19,7 @@ from common.errors import UserError
 from shards.format import load_manifest
 from shards.pack import pack
 from shards.verify import verify
+from tests.faults.forks import FORKS
 
 NUM_KILLS = 20
 CRASHED = 77
@@ -108,32 +109,32 @@ def test_a_crash_before_any_change_of_a_file_leaves_the_folder_of_an_unbroken_ru
 
 
 def run_in_child(source: Path, output: Path, crash_at: int | None) -> int:
-    """Pack in a forked process that dies, without any clean-up, before its change number `crash_at`."""
-    child = os.fork()
-    if child:
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    status = 1
-    try:
-        seen = 0
+    """Pack in a process that dies, without any clean-up, before its change number `crash_at`; return its status."""
+    child = FORKS.Process(target=crash_packing, args=(source, output, crash_at))
+    child.start()
+    child.join()
+    assert child.exitcode in (0, CRASHED)
+    return child.exitcode
 
-        def count_changes(event: str, arguments: tuple[Any, ...]) -> None:
-            nonlocal seen
-            if event == "open":
-                mode = arguments[2]
-                counts = isinstance(mode, int) and bool(mode & (os.O_WRONLY | os.O_RDWR))
-            else:
-                counts = event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate")
-            # Removals of whole folders name their files relative to the folder.
-            if counts and (str(output) in str(arguments[0]) or event in ("os.remove", "os.rmdir")):
-                if seen == crash_at:
-                    os._exit(CRASHED)
-                seen += 1
 
-        sys.addaudithook(count_changes)
-        pack(source, output, rows_per_shard=5, workers=1, progress=False)
-        status = 0
-    finally:
-        os._exit(status)
+def crash_packing(source: Path, output: Path, crash_at: int | None) -> None:
+    seen = 0
+
+    def count_changes(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal seen
+        if event == "open":
+            mode = arguments[2]
+            counts = isinstance(mode, int) and bool(mode & (os.O_WRONLY | os.O_RDWR))
+        else:
+            counts = event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate")
+        # Removals of whole folders name their files relative to the folder.
+        if counts and (str(output) in str(arguments[0]) or event in ("os.remove", "os.rmdir")):
+            if seen == crash_at:
+                os._exit(CRASHED)
+            seen += 1
+
+    sys.addaudithook(count_changes)
+    pack(source, output, rows_per_shard=5, workers=1, progress=False)
 
 
 def test_a_kept_shard_that_was_damaged_meanwhile_is_packed_again(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.feeder import Feeder, _stop
 
-PATIENCE = 1500.0  # seconds until a test that hangs gives up
+PATIENCE = 1000.0  # seconds until a test that hangs gives up
 
 
 def _feeder(make, *, depth=2):

@@ -25,9 +25,8 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from common.atomic import write_atomic
-from common.command import run_command
 from common.device import pick_device
-from common.errors import UserError
+from common.errors import UserError, run_command
 from distill.config import TrainConfig
 from distill.evaluation import figures
 from distill.evaluation.features import (

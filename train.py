@@ -19,15 +19,14 @@ import torch
 
 from cache_tools.fingerprint import cache_fingerprint
 from cache_tools.read import TeacherCache
-from common.command import run_command
-from common.errors import UserError
+from common.errors import UserError, run_command
 from distill.checkpoint import CheckpointWriter, load_newest
 from distill.config import TrainConfig, write_or_check_config
 from distill.evaluation.knn import student_knn
 from distill.gradients import check_compiled_gradients, term_gradient_norms
 from distill.metrics import MetricsLog
 from distill.models import create_student
-from distill.optim import StudentEma, clip_gradients, create_optimizer, set_lr, skip_update
+from distill.optim import Schedule, StudentEma, clip_gradients, create_optimizer, due, set_lr, skip_update
 from distill.prototypes import PROTOTYPES, Prototypes, fit_or_share_prototypes, load_prototypes
 from distill.runtime import (
     Ranks,
@@ -39,7 +38,6 @@ from distill.runtime import (
     step_seed,
     wrap_step,
 )
-from distill.schedules import Schedule, due
 from distill.step import DistillStep, StepInputs
 from distill.teacher import FrozenTeacher, TeacherTargets, load_teacher
 from kernels.spd import plan_reduction

@@ -20,8 +20,8 @@ from cache_tools.options import Bench, Build, Calibrate, Inspect, Repair, Stats,
 from cache_tools.read import TeacherCache
 from cache_tools.stats import describe_cache, describe_row, measure_reading, token_stats
 from cache_tools.verify import repair_cache, verify_against_teacher, verify_cache
-from common.command import run_command
 from common.device import pick_device
+from common.errors import run_command
 from pipeline.readers import in_batches
 from shards.format import load_manifest
 from shards.index import load_index

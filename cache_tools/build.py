@@ -26,10 +26,10 @@ from cache_tools.codec import (
     measure_codec,
 )
 from cache_tools.commit import committed_shards, remove_spent_locks, write_manifest
-from cache_tools.errors import CacheMismatch
 from cache_tools.fingerprint import Json, check_fingerprint
 from cache_tools.format import (
     FORMAT_VERSION,
+    CacheMismatch,
     CacheSpec,
     Paths,
     create_group,

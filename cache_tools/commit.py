@@ -8,9 +8,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cache_tools.errors import REPAIR, CacheCorrupt, CacheIncomplete
 from cache_tools.format import (
     FORMAT_VERSION,
+    REPAIR,
+    CacheCorrupt,
+    CacheIncomplete,
     CacheSpec,
     Paths,
     cache_lock,

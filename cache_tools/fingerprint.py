@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cache_tools.errors import CacheMismatch
-from cache_tools.format import CodecName
+from cache_tools.format import CacheMismatch, CodecName
 from pipeline.augmentation import Augmentation
 from pipeline.plan import PLAN_VERSION, box_test_vector
 from shards.format import Manifest

@@ -1,4 +1,4 @@
-"""What lies where in a cache: arrays, chunk files, Zarr metadata, and how files are put in place."""
+"""What lies where in a cache: arrays, chunk files, Zarr metadata; how files are put in place; what can be wrong."""
 
 from __future__ import annotations
 
@@ -13,10 +13,28 @@ from typing import Any, Literal, cast
 
 import numpy as np
 
-from cache_tools.errors import REPAIR, CacheCorrupt, CacheIncomplete, CacheMismatch
 from common.atomic import open_atomic, sync_folder
 from common.errors import UserError
 from common.locks import file_lock
+
+REPAIR = "Run `python -m cache_tools repair` on the cache and build again: only the damaged shards are rebuilt."
+
+
+class CacheMismatch(UserError):
+    """The cache was made from another teacher, seed, codec, augmentation or set of shards."""
+
+
+class CacheIncomplete(UserError):
+    """Some tar shards have no commit record: the build has not finished."""
+
+
+class CacheStale(UserError):
+    """A row no longer belongs to its image: the JPEG or its crops changed after the cache was built."""
+
+
+class CacheCorrupt(UserError):
+    """A file is missing, cut short, altered, or is not the one that was committed."""
+
 
 FORMAT_VERSION = 1
 CodecName = Literal["int8", "fp16"]

@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from cache_tools.errors import CacheCorrupt, CacheStale
+from cache_tools.format import CacheCorrupt, CacheStale
 
 SPEC_FIELDS = ("top", "left", "height", "width", "flip", "image height << 16 | image width")
 ID_BYTES = 16

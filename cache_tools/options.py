@@ -25,8 +25,9 @@ from cache_tools.write import ReadCrops
 from common.errors import UserError
 from distill.config import DEFAULT_TEACHER, TeacherConfig
 from distill.teacher import FrozenTeacher, load_teacher
+from pipeline.augmentation import CropOptions
 from pipeline.backend import choose_backend
-from pipeline.options import CropOptions, ReadOptions
+from pipeline.crops import ReadOptions
 from pipeline.readers import read_teacher_crops
 from shards.format import load_manifest
 

@@ -17,9 +17,16 @@ from torch import Tensor
 
 from cache_tools.codec import codec_bound, decode_int8, load_calibration, rounding_bound
 from cache_tools.commit import read_commits
-from cache_tools.errors import CacheCorrupt, CacheIncomplete
 from cache_tools.fingerprint import check_fingerprint
-from cache_tools.format import ArrayLayout, CacheSpec, Paths, metadata_faults, read_attributes
+from cache_tools.format import (
+    ArrayLayout,
+    CacheCorrupt,
+    CacheIncomplete,
+    CacheSpec,
+    Paths,
+    metadata_faults,
+    read_attributes,
+)
 from cache_tools.join import CropBatch, RowTable, unpack_ids
 from cache_tools.shard_file import ViewSetFiles
 from common.errors import UserError

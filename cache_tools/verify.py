@@ -13,8 +13,8 @@ import torch
 from cache_tools.build import Teacher
 from cache_tools.codec import load_calibration
 from cache_tools.commit import committed_shards, drop_commit, read_commit, shard_lock, write_manifest
-from cache_tools.errors import CacheCorrupt
 from cache_tools.format import (
+    CacheCorrupt,
     CacheSpec,
     Paths,
     cache_lock,

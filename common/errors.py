@@ -1,9 +1,10 @@
-"""The error that a user can act on: bad input, named with its place and what to do next."""
+"""The error that a user can act on, and how a command prints it: one line, and an exit status."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable
 
 
 class UserError(ValueError):
@@ -19,3 +20,23 @@ def unknown_name(what: str, name: str, known: Iterable[str]) -> UserError:
     close = difflib.get_close_matches(name, choices, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     return UserError(f"{what}: {name!r} is unknown.{hint} There are: {', '.join(choices)}.")
+
+
+def run_command(work: Callable[[], object]) -> int:
+    """Do a command's work and return its exit status: an int that it returns, else 0; 2 for bad input, 130 if
+    interrupted."""
+    try:
+        result = work()
+        return result if isinstance(result, int) else 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        # An error that names a file is of the user's files; one that does not may be our own fault.
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}. Check the path and its permissions.", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("Interrupted. What is finished is kept; the same command continues from here.", file=sys.stderr)
+        return 130

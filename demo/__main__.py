@@ -15,8 +15,7 @@ from pathlib import Path
 import torch
 import tyro
 
-from common.command import run_command
-from common.errors import UserError
+from common.errors import UserError, run_command
 from demo.images import compose_images
 from demo.settings import CROPS, PATCH_SIZE, STUDENT_FLAGS, TRAIN_FLAGS, VIEW_SETS, DemoConfig, crop_flags
 from demo.teacher import train_teacher

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
-from pipeline.options import CropOptions
+from pipeline.augmentation import CropOptions
 
 PATCH_SIZE = 8
 # Crops of 48 and 24 pixels. No flips: a mirrored digit is another sign.

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from demo.settings import PATCH_SIZE
 from distill.export import Card, export_model
 from distill.models import create_vit
-from distill.schedules import cosine_schedule
+from distill.optim import cosine_schedule
 from pipeline.augmentation import Augmentation
 from pipeline.batch import normalise
 from pipeline.loader import open_loader

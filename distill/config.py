@@ -15,8 +15,8 @@ from typing import Any, Literal
 
 from common.atomic import write_atomic
 from common.errors import UserError
-from pipeline.augmentation import Augmentation
-from pipeline.options import CropOptions, ReadOptions
+from pipeline.augmentation import Augmentation, CropOptions
+from pipeline.crops import ReadOptions
 
 DEFAULT_TEACHER = "vit_large_patch16_dinov3.lvd1689m"
 

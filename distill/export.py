@@ -25,8 +25,7 @@ from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
 from common.atomic import explain_disk_errors, sync_folder
-from common.command import run_command
-from common.errors import UserError
+from common.errors import UserError, run_command
 from distill.checkpoint import load_student
 from distill.config import TrainConfig
 from distill.teacher import LOCAL_DIR

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from dataclasses import dataclass, fields
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -153,6 +153,22 @@ class BackendOptions:
             raise UserError(f"num_threads is {self.num_threads}. It must be at least 1. Change num_threads.")
         if self.max_batch_size < 1:
             raise UserError(f"batch size is {self.max_batch_size}. It must be at least 1. Change it.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadOptions:
+    """Who decodes and crops, and with what."""
+
+    backend: Literal["auto", "dali", "cpu", "torch"] = "auto"
+    """Who decodes and crops."""
+    num_threads: int | None = None
+    """Decoding threads of a process. None: one a core, at most 8."""
+    hw_decoder: bool = False
+    """With DALI on a GPU: decode all JPEGs by the hardware engine. Its pixels are not those of the CUDA decoder."""
+
+    def reading(self) -> dict[str, Any]:
+        """Return these options as keywords of the loader and the readers."""
+        return {field.name: getattr(self, field.name) for field in fields(ReadOptions)}
 
 
 def training_work(a: Augmentation, *, teacher_crops: bool) -> CropWork:

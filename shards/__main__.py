@@ -7,8 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.command import run_command
-from common.errors import UserError
+from common.errors import UserError, run_command
 from shards.folder import ShardFolder
 from shards.format import load_manifest
 from shards.inspection import describe_folder, describe_row, find_row, write_image, write_sheet

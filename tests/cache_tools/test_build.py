@@ -19,9 +19,8 @@ from hypothesis import strategies as st
 from cache_tools import build as build_module
 from cache_tools.build import run_build
 from cache_tools.codec import encode
-from cache_tools.errors import CacheMismatch
 from cache_tools.fingerprint import differences, flatten
-from cache_tools.format import CacheSpec
+from cache_tools.format import CacheMismatch, CacheSpec
 from cache_tools.read import TeacherCache
 from common.errors import UserError
 from pipeline.readers import TeacherCropBatch

@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 from cache_tools.__main__ import main
-from cache_tools.errors import CacheMismatch, CacheStale
 from cache_tools.fingerprint import cache_fingerprint
+from cache_tools.format import CacheMismatch, CacheStale
 from cache_tools.options import Build, TeacherOptions
 from cache_tools.read import TeacherCache
 from distill.config import TeacherConfig

@@ -11,8 +11,7 @@ import pytest
 from cache_tools import format as format_module
 from cache_tools.build import run_build
 from cache_tools.commit import shard_lock
-from cache_tools.errors import CacheCorrupt
-from cache_tools.format import Paths
+from cache_tools.format import CacheCorrupt, Paths
 from cache_tools.options import Verify
 from cache_tools.read import TeacherCache
 from cache_tools.verify import repair_cache, verify_cache

@@ -10,8 +10,8 @@ import pytest
 from common.errors import UserError
 from distill.config import LOSS_PRESETS, DataConfig, TrainConfig, load_config, preset, write_or_check_config
 from distill.runtime import parse_config, step_seed
+from pipeline.augmentation import CropOptions
 from pipeline.augmentation import preset as augmentation_preset
-from pipeline.options import CropOptions
 
 DOCUMENTED_DEFAULTS = {
     "arch": "vit_small", "patch_size": 16, "teacher_arch": "vit_large_patch16_dinov3.lvd1689m",

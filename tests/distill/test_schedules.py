@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distill import config as configs
+from distill.optim import Schedule, cosine_schedule, due, linear_warmup, scaled_lr
 from distill.prototypes import Prototypes
-from distill.schedules import Schedule, cosine_schedule, due, linear_warmup, scaled_lr
 
 
 @given(st.integers(2, 1000), st.integers(0, 20), st.floats(0.1, 10), st.floats(0, 0.1))

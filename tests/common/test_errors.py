@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from common.command import run_command
-from common.errors import UserError, unknown_name
+from common.errors import UserError, run_command, unknown_name
 
 
 def refuse() -> None:

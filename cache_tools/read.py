@@ -108,7 +108,8 @@ class TeacherCache:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="teacher-cache")
         self._on_device: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self._free: list[HostRows] = []
-        self._lock = Lock()  # of the free buffers: fetches may come from several threads
+        # Of the free buffers: fetches come from several threads, and one buffer must not be given to two.
+        self._lock = Lock()
 
     @staticmethod
     def open(
@@ -372,6 +373,7 @@ class HostRows:
             self._copied.record(stream)
         current.wait_event(self._copied)
         for tensor in moved.values():
+            # Allocated on the copy stream, whose next copy could else take the memory while `current` reads it.
             tensor.record_stream(current)
         return moved
 

@@ -50,6 +50,7 @@ class ShardWriter:
 
     def append(self, batch: TeacherCropBatch, encoded: EncodedRows) -> None:
         """Hand over the next rows; at most one batch is waiting, so a slow disk slows the teacher."""
+        # Raises what the thread met, and bounds the memory: one batch is being written, one is at hand.
         if self._last is not None:
             self._last.result()
         tensors = {"patch": encoded.patch, "scale": encoded.scale, "cls": encoded.cls}

@@ -93,6 +93,7 @@ class CheckpointWriter:
             ) from self._error
 
     def _join(self) -> None:
+        # One write at a time: the host copy that the thread reads is used again.
         if self._thread is not None:
             self._thread.join()
             self._thread = None

@@ -42,6 +42,7 @@ class PhaseClock:
         if not self._on_gpu:
             self._marks.append((phase, time.perf_counter()))
             return
+        # The host runs ahead of the device: its clock would time the launches.
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         self._marks.append((phase, event))

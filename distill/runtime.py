@@ -164,6 +164,7 @@ class StepGuard:
         if self._ranks.device.type == "cuda":
             host = torch.empty(2, pin_memory=True)
             host.copy_(self._flags, non_blocking=True)
+            # Tells when the copy has arrived; waited for a step later, when it has long passed.
             event = torch.cuda.Event()
             event.record()
             self._pending.append((step, batch, host, event))

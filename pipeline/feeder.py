@@ -84,6 +84,7 @@ class Feeder(Generic[T]):
                         f"data loader: no batch for {waited:.0f} s. Reading or decoding hangs, which a dead "
                         "network mount does too. Check the storage of the shards, then resume."
                     )
+                # In pieces, so that Ctrl-C is seen and a stall is noticed.
                 shared.changed.wait(_POLL_SECONDS)
             item = shared.items.popleft()
             shared.changed.notify_all()
@@ -114,6 +115,7 @@ def _run(shared: _Shared[T], make_items: Callable[[], Iterator[T]]) -> None:
                 except StopIteration:
                     break
                 with shared.changed:
+                    # Full: waiting here, and not in the iterator, lets `close` end the thread at once.
                     shared.changed.wait_for(lambda: shared.stop or len(shared.items) < shared.depth)
                     if shared.stop:
                         break

@@ -122,6 +122,7 @@ def receive(ready: Ready[B]) -> B:
         current.wait_event(ready.event)
         for tensor in tensors:
             if tensor.is_cuda:
+                # Allocated on the feeder's stream, which could else reuse the memory while this one reads it.
                 tensor.record_stream(current)
     return ready.batch
 

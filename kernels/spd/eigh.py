@@ -126,5 +126,6 @@ def _log_map(eigenvalues: Tensor, vectors: Tensor) -> Tensor:
 
 def _spectral_gradient(eigenvalues: Tensor, vectors: Tensor, upstream: Tensor) -> Tensor:
     """U (Phi o (U^T G U)) U^T for symmetric G."""
+    # Daleckii and Krein: in the eigenbasis the derivative of the logarithm is a product entry by entry.
     inner = vectors.mT @ upstream @ vectors
     return vectors @ (inner * loewner_matrix(eigenvalues)) @ vectors.mT

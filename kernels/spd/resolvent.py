@@ -96,6 +96,7 @@ def scaled_resolvents(matrices: Tensor, rational: RationalLog) -> Tensor:
     factors, info = torch.linalg.cholesky_ex(shifted)
     failed = (info != 0)[..., None, None]
     identity = torch.eye(n, dtype=matrices.dtype, device=matrices.device)
+    # What failed is solved as the identity and marked below: no exception, no wait for the host.
     factors = torch.where(failed, identity, factors)
     # torch's batched cholesky_inverse is a host loop on CUDA; a triangular solve is not.
     on_cpu = matrices.device.type == "cpu"

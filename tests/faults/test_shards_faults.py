@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -96,35 +96,23 @@ def test_a_full_disk_names_the_place_and_the_same_command_continues(
     assert_unfinished_then_whole(source, output, tmp_path)
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 256 KiB of its own, where this user may mount one."""
-    place = tmp_path / "small"
-    place.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(place)]
-    try:
-        mounted = subprocess.run(command, capture_output=True, check=False).returncode == 0
-    except FileNotFoundError:
-        mounted = False
-    if not mounted:
+def test_a_disk_that_is_really_full_is_named(
+    source: Path, small_disk: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = small_disk(256 << 10)
+    if not disk.is_mount():
         pytest.skip("mounting a small file system is not permitted here")
-    yield place
-    # Lazily: the tracebacks of the errors caught still hold mapped files.
-    subprocess.run(["umount", "--lazy", str(place)], check=True)
-
-
-def test_a_disk_that_is_really_full_is_named(source: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     big = simplejpeg.encode_jpeg(np.random.default_rng(0).integers(0, 256, (400, 400, 3), dtype=np.uint8))
     for number in range(4):
         (source / "class0" / f"big{number}.jpg").write_bytes(big)
     with pytest.raises(UserError, match=r"GB are needed, 0.00 GB are free there. Make room"):
-        run(source, small_disk / "out")
+        run(source, disk / "out")
     monkeypatch.setattr("shards.pack._Run._check_free_disk", lambda *_: None)
     for workers in (1, 2):
         with pytest.raises(UserError, match=r"the disk is full \(0 MB free\)"):
-            run(source, small_disk / "out", workers=workers)
+            run(source, disk / "out", workers=workers)
     with pytest.raises(UserError, match="packing is not finished"):
-        load_manifest(small_disk / "out")
+        load_manifest(disk / "out")
 
 
 def test_a_disk_too_small_is_refused_before_packing(

@@ -11,7 +11,7 @@ endif
 # Signals reach the ranks, which write a checkpoint and leave; torchrun kills what is left after two minutes.
 TORCHRUN ?= --standalone
 SIGNALS := --signals-to-handle SIGTERM,SIGINT,SIGUSR1 --shutdown-timeout 120
-LAUNCH = $(PY) -m torch.distributed.run $(TORCHRUN) $(SIGNALS) --nproc-per-node $(NGPU)
+LAUNCH = $(PY) -m distill.launch $(TORCHRUN) $(SIGNALS) --nproc-per-node $(NGPU)
 RANKS = $(if $(filter 1,$(NGPU)),$(PY),$(LAUNCH))
 NGPU ?= 1
 ARGS ?=

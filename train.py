@@ -11,7 +11,8 @@ import logging
 import sys
 from collections import deque
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ import torch
 from cache_tools.fingerprint import cache_fingerprint
 from cache_tools.read import TeacherCache
 from common.errors import UserError, run_command
+from common.locks import file_lock
 from distill.checkpoint import CheckpointWriter, load_newest
-from distill.config import TrainConfig, write_or_check_config
-from distill.evaluation.knn import student_knn
+from distill.config import TrainConfig, has_checkpoint, write_or_check_config
+from distill.evaluation.knn import check_validation, student_knn
 from distill.gradients import check_compiled_gradients, term_gradient_norms
 from distill.metrics import MetricsLog
 from distill.models import create_student
@@ -52,9 +54,9 @@ def train(config: TrainConfig, ranks: Ranks) -> None:
     run_dir = Path(config.runtime.output_dir)
     stop = StopSignal()
     autocast = configure_torch(config.runtime, ranks.device)
-    if ranks.is_main:
-        write_or_check_config(config, run_dir)
-    ranks.barrier()
+    ranks.on_main(lambda: write_or_check_config(config, run_dir))
+    ranks.on_main(lambda: check_validation(config))
+    check_koleo(config, ranks)
 
     # Teacher outputs: from the cache, or live. Both give TeacherTargets.
     cache = open_cache(config) if config.teacher.cache_path else None
@@ -102,7 +104,7 @@ def train(config: TrainConfig, ranks: Ranks) -> None:
         skip_budget=config.data.skip_budget,
         **config.data.reading(),
     )
-    total_steps = config.optim.max_steps or round(config.optim.epochs * loader.steps_per_epoch)
+    total_steps = num_steps(config, loader.steps_per_epoch, first_step)
     schedule = Schedule(
         config,
         prototypes,
@@ -112,7 +114,7 @@ def train(config: TrainConfig, ranks: Ranks) -> None:
         device=ranks.device,
     )
     log = MetricsLog(run_dir, config.runtime, ranks, first_step=first_step, total_steps=total_steps)
-    guard = StepGuard(ranks, run_dir, config.data.data_seed)
+    guard = StepGuard(ranks, run_dir, config.data.data_seed, first_step=first_step)
     writer = CheckpointWriter(run_dir, config.runtime, is_main=ranks.is_main)
     log.say(describe_start(config, ranks, first_step, total_steps, cache))
 
@@ -140,7 +142,8 @@ def train(config: TrainConfig, ranks: Ranks) -> None:
             log.phases.mark("optimizer")
             set_lr(optimizer, schedule.lr(step))
             grad_norm, not_finite = clip_gradients(step_module.parameters(), config.optim.clip_grad, metrics[0])
-            skip_update(optimizer, guard.submit(step, batch, not_finite, stop.received is not None or writer.failed))
+            stopping = stop.received is not None or writer.failed or log.failed
+            skip_update(optimizer, guard.submit(step, batch, not_finite, stopping))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if ema is not None:
@@ -148,6 +151,7 @@ def train(config: TrainConfig, ranks: Ranks) -> None:
             log.phases.mark("")
 
             step += 1
+            stop.patient = True  # from here on there is a step to end at, and progress to lose
             log.add(metrics, grad_norm, images=global_batch_size)
             if log.due(step):
                 guard.should_stop(drain=True)  # the flush syncs anyway; nothing that is not finite is logged as fine
@@ -159,18 +163,15 @@ def train(config: TrainConfig, ranks: Ranks) -> None:
             if due(step, config.runtime.checkpoint_every) or step == total_steps:
                 checkpoint(writer, step, step_module, optimizer, ema, loader_state, log)
             if schedule.knn_due(step):
+                judged = ema.model if ema else step_module.student
                 with log.paused():
-                    if ranks.is_main:
-                        top1 = student_knn(ema.model if ema else step_module.student, config, ranks.device)
-                        log.event(step, epoch=schedule.epoch(step), knn_top1=top1)
-                        log.say(f"step {step}: k-NN {top1:.2f} %")
-                    ranks.barrier()
+                    ranks.on_main(partial(log_knn, judged, config, ranks, log, stop, step, schedule.epoch(step)))
 
         stopped = guard.should_stop(drain=True)
         if first_step < step < total_steps and stopped:
             checkpoint(writer, step, step_module, optimizer, ema, loader_state, log)
-    writer.wait()
-    log.close()
+    ranks.on_main(writer.wait)
+    ranks.on_main(log.close)
     log.say(f"{'stopped by ' + (stop.received or 'another rank') if stopped else 'done'} at step {step}")
     log.say(log.summary())
     if config.data.on_bad_sample == "skip":
@@ -259,7 +260,11 @@ def obtain_prototypes(
             "Leave --cache_path out, or give the cache's teacher."
         )
     own = run_dir / PROTOTYPES
-    if ranks.is_main and not own.is_file():
+
+    def obtain() -> None:
+        # Those of an attempt that left no checkpoint bind nothing: its settings may have been the mistake.
+        if own.is_file() and (has_checkpoint(run_dir) or load_prototypes(own).fingerprint == fingerprint):
+            return
         fit_or_share_prototypes(
             lambda: token_stream(config, cache, teacher, ranks),
             config.prototypes,
@@ -269,7 +274,8 @@ def obtain_prototypes(
             fingerprint=fingerprint,
             device=ranks.device,
         )
-    ranks.barrier()
+
+    ranks.on_main(obtain)
     return load_prototypes(own, expect=fingerprint)
 
 
@@ -294,9 +300,7 @@ def token_stream(
         yield teacher(batch.crops)
 
 
-def restore(
-    state: dict[str, Any], step: DistillStep, optimizer: torch.optim.Optimizer, ema: StudentEma | None
-) -> None:
+def restore(state: dict[str, Any], step: DistillStep, optimizer: torch.optim.Optimizer, ema: StudentEma | None) -> None:
     """Load a checkpoint's state into the objects it was taken from."""
     step.load_state_dict(state["model"], strict=True)
     optimizer.load_state_dict(state["optimizer"])
@@ -326,6 +330,47 @@ def checkpoint(
         )
 
 
+def num_steps(config: TrainConfig, steps_per_epoch: int, first_step: int) -> int:
+    """Return the steps of the run; UserError where there are none, or fewer than were taken."""
+    optim = config.optim
+    total = optim.max_steps or round(optim.epochs * steps_per_epoch)
+    if total < max(first_step, 1):
+        flag = f"--max_steps {optim.max_steps}" if optim.max_steps else f"--epochs {optim.epochs:g}"
+        raise UserError(
+            f"{flag}: {total} steps of {steps_per_epoch} an epoch, and {first_step} are taken already. Give "
+            f"--max_steps {max(first_step, 1)} or more."
+        )
+    return total
+
+
+def check_koleo(config: TrainConfig, ranks: Ranks) -> None:
+    """UserError where KoLeo, which looks for neighbours within a micro-batch, would find none."""
+    parts, losses = config.optim.accumulation_steps, config.losses
+    images = config.optim.batch_size_per_gpu // parts * (ranks.world_size if losses.koleo_all_ranks else 1)
+    if losses.koleo_loss_weight and images < 2:
+        raise UserError(
+            f"--batch_size_per_gpu {config.optim.batch_size_per_gpu} --accumulation_steps {parts}: {images} image at a "
+            "time, among which KoLeo finds no neighbour. Give a larger batch or fewer accumulation steps, or "
+            "--koleo_loss_weight 0."
+        )
+
+
+def log_knn(
+    model: torch.nn.Module,
+    config: TrainConfig,
+    ranks: Ranks,
+    log: MetricsLog,
+    stop: StopSignal,
+    step: int,
+    epoch: float,
+) -> None:
+    """Judge the student by k-NN and log it; a signal cuts it short."""
+    with stop.cutting_short():
+        top1 = student_knn(model, config, ranks.device)
+        log.event(step, epoch=epoch, knn_top1=top1)
+        log.say(f"step {step}: k-NN {top1:.2f} %")
+
+
 def describe_start(
     config: TrainConfig, ranks: Ranks, first_step: int, total_steps: int, cache: TeacherCache | None
 ) -> str:
@@ -335,10 +380,14 @@ def describe_start(
     source = f"targets from {config.teacher.cache_path}" if config.uses_cache() else "live teacher"
     mode = f"compiled by {config.runtime.compile_backend}" if config.runtime.compile else "eager"
     begins = f"resumes at step {first_step}" if first_step else "begins"
+    koleo = ""
+    if config.optim.accumulation_steps > 1 and config.losses.koleo_loss_weight:
+        koleo = f". KoLeo looks for neighbours within each of the {config.optim.accumulation_steps} micro-batches"
     return (
         f"{config.runtime.output_dir} {begins}: {total_steps} steps of "
         f"{config.optim.batch_size_per_gpu * ranks.world_size} images on {ranks.world_size} x {ranks.device.type}, "
         f"{source}, {mode}. {reduction if config.losses.spd_loss_weight else 'No SPD loss'}"
+        f"{koleo}"
     )
 
 
@@ -349,22 +398,43 @@ def explain_memory(config: TrainConfig) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         batch, parts = config.optim.batch_size_per_gpu, config.optim.accumulation_steps
+        more_parts = next((n for n in range(parts + 1, batch // 2 + 1) if batch % n == 0), None)
+        tries = [f"--accumulation_steps {more_parts}, which keeps the global batch"] if more_parts else []
+        if not has_checkpoint(Path(config.runtime.output_dir)):
+            tries += [f"--batch_size_per_gpu {batch // 2} --accumulation_steps 1"] if batch > 1 else []
+            tries += ["--arch vit_tiny or --local_crops_number 2"]
         raise UserError(
-            f"out of GPU memory at --batch_size_per_gpu {batch} ({str(error).splitlines()[0]}). Try "
-            f"--batch_size_per_gpu {max(batch // 2, 1)}, or keep the global batch with --accumulation_steps "
-            f"{2 * parts}. The run resumes from its last checkpoint."
+            f"out of GPU memory at --batch_size_per_gpu {batch} --accumulation_steps {parts} "
+            f"({str(error).splitlines()[0]}). Try {', or '.join(tries) or 'a GPU with more memory'}. "
+            "The run resumes from its last checkpoint."
         ) from error
+
+
+@contextmanager
+def only_run(run_dir: Path, ranks: Ranks) -> Iterator[None]:
+    """Hold the run's folder; UserError on every rank where another run does."""
+    with ExitStack() as stack:
+
+        def take() -> None:
+            if not stack.enter_context(file_lock(run_dir / ".lock", timeout=0)):
+                raise UserError(
+                    f"{run_dir}: another run is at work there. Wait for it to end, or give another --output_dir."
+                )
+
+        ranks.on_main(take)
+        yield
 
 
 def main() -> int:
     """Run from the command line; return the exit status."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    config = parse_config()
 
     def work() -> None:
+        config = parse_config()
         if not config.data.data_path:
             raise UserError("--data_path: missing. Give the folder of shards, as in --data_path shards/train.")
-        with process_group(config.runtime) as ranks, explain_memory(config):
+        run_dir = Path(config.runtime.output_dir)
+        with process_group(config.runtime) as ranks, only_run(run_dir, ranks), explain_memory(config):
             train(config, ranks)
 
     return run_command(work)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import json
+import os
 import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 
 class UserError(ValueError):
@@ -30,6 +33,8 @@ def run_command(work: Callable[[], object]) -> int:
         return result if isinstance(result, int) else 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        if "TORCHELASTIC_ERROR_FILE" in os.environ:  # for `distill.launch`, which repeats it last
+            Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps({"message": f"error: {error}"}))
         return 2
     except OSError as error:
         # An error that names a file is of the user's files; one that does not may be our own fault.

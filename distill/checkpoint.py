@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from timm.models.eva import Eva
 from torch import Tensor
 
@@ -46,7 +45,7 @@ class CheckpointWriter:
 
     `save` copies every tensor to the host and returns; the thread writes the file, and after it the record that
     makes the checkpoint exist, each whole or not at all. Once one could not be written, `failed` is true and no
-    other is begun: the run stops, and `wait` raises on every rank.
+    other is begun, and `wait` raises.
     """
 
     def __init__(self, run_dir: Path, config: RuntimeConfig, *, is_main: bool = True) -> None:
@@ -77,18 +76,15 @@ class CheckpointWriter:
         self._thread.start()
 
     def wait(self) -> None:
-        """Wait until the last checkpoint is on disk; all ranks call it.
+        """Wait until the last checkpoint is on disk.
 
         Raises:
-            UserError: on every rank, if one could not be written (disk full, say).
+            UserError: one could not be written (disk full, say).
         """
         self._join()
-        message = [str(self._error) if self.failed else None]
-        if dist.is_initialized():
-            dist.broadcast_object_list(message, src=0)
-        if message[0] is not None:
+        if self.failed:
             raise UserError(
-                f"{self.folder}: a checkpoint could not be written ({message[0]}). Earlier checkpoints are intact. "
+                f"{self.folder}: a checkpoint could not be written ({self._error}). Earlier checkpoints are intact. "
                 "Mend the cause and run the same command again: it resumes from the newest."
             ) from self._error
 
@@ -170,9 +166,11 @@ def load_student(run_dir: str | Path, *, use_ema: bool = True) -> tuple[Eva, dic
     ema = use_ema and state["ema"] is not None
     model = create_student(config.student, seed=config.runtime.seed)
     prefix = "student."
-    weights = state["ema"] if ema else {
-        name.removeprefix(prefix): value for name, value in state["model"].items() if name.startswith(prefix)
-    }
+    weights = (
+        state["ema"]
+        if ema
+        else {name.removeprefix(prefix): value for name, value in state["model"].items() if name.startswith(prefix)}
+    )
     model.load_state_dict(weights, strict=True)
     return model.eval(), {"step": step, "config": config, "ema": ema}
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -214,6 +215,26 @@ class RuntimeConfig:
     """Also write TensorBoard events (needs the tensorboard package)."""
 
 
+# What is allowed, how it is told, and for which flags. A NaN is in none of these ranges.
+_RANGES: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
+    ("a number of 0 or more", lambda x: 0 <= x < math.inf, (
+        *(f.name for f in dataclasses.fields(LossConfig) if f.name.endswith("_loss_weight")), "min_lr", "warmup_epochs",
+        "weight_decay", "clip_grad", "patch_embed_lr_scale", "koleo_warmup_steps", "teacher_temp_warmup_epochs",
+        "knn_every_epochs", "term_gradients_every", "checkpoint_every", "keep_every", "prototype_iterations",
+    )),
+    ("a number above 0", lambda x: 0 < x < math.inf, (
+        "lr", "epochs", "teacher_temp_start", "teacher_temp_end", "student_temp", "spd_eps", "layer_decay",
+    )),
+    ("1 or more", lambda x: x >= 1, (
+        "batch_size_per_gpu", "accumulation_steps", "max_steps", "log_every", "keep_checkpoints", "knn_max_rows",
+        "prototype_rows", "view_sets",
+    )),
+    ("2 or more", lambda x: x >= 2, ("num_prototypes",)),
+    ("at least 0 and below 1", lambda x: 0 <= x < 1, ("beta1", "beta2", "ema_momentum", "drop_path_rate")),
+    ("between 0 and 1", lambda x: 0 < x < 1, ("target_top1_mass",)),
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """Everything that decides a training run; saved as config.json in the run's folder."""
@@ -229,23 +250,17 @@ class TrainConfig:
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
     def __post_init__(self) -> None:
-        optim, runtime = self.optim, self.runtime
-        _require(optim.batch_size_per_gpu >= 1, "batch_size_per_gpu", optim.batch_size_per_gpu, "1 or more")
-        _require(
-            optim.accumulation_steps >= 1 and optim.batch_size_per_gpu % optim.accumulation_steps == 0,
-            "accumulation_steps",
-            optim.accumulation_steps,
-            f"a divisor of batch_size_per_gpu {optim.batch_size_per_gpu}",
-        )
-        _require(optim.max_steps is None or optim.max_steps >= 1, "max_steps", optim.max_steps, "1 or more")
-        _require(optim.epochs > 0, "epochs", optim.epochs, "more than 0")
-        _require(runtime.log_every >= 1, "log_every", runtime.log_every, "1 or more")
-        _require(runtime.keep_checkpoints >= 1, "keep_checkpoints", runtime.keep_checkpoints, "1 or more")
-        prototypes = self.prototypes
-        _require(prototypes.num_prototypes >= 2, "num_prototypes", prototypes.num_prototypes, "2 or more")
-        _require(
-            0 < prototypes.target_top1_mass < 1, "target_top1_mass", prototypes.target_top1_mass, "between 0 and 1"
-        )
+        flat = _flat(self)
+        for allowed, holds, names in _RANGES:
+            for name in names:
+                if flat[name] is not None and not holds(flat[name]):
+                    raise UserError(f"--{name} {flat[name]}: it must be {allowed}. Change --{name}.")
+        batch, parts = self.optim.batch_size_per_gpu, self.optim.accumulation_steps
+        if batch % parts:
+            raise UserError(
+                f"--accumulation_steps {parts}: it must be a divisor of --batch_size_per_gpu {batch}. "
+                "Change one of them."
+            )
 
     def crops(self) -> Augmentation:
         """Return the crop plan's parameters: the preset with this run's sizes, scales and masks."""
@@ -269,11 +284,6 @@ class TrainConfig:
     def from_json(text: str) -> TrainConfig:
         """Read what `to_json` wrote. Fields that are absent keep their defaults; unknown ones are an error."""
         return _from_dict(TrainConfig, json.loads(text), "config.json")
-
-
-def _require(holds: bool, name: str, value: object, allowed: str) -> None:
-    if not holds:
-        raise UserError(f"--{name} {value}: it must be {allowed}. Change --{name}.")
 
 
 def _from_dict(cls: Any, values: dict[str, Any], where: str) -> Any:
@@ -312,15 +322,22 @@ def preset(name: str) -> TrainConfig:
     return TrainConfig(preset=name, losses=LOSS_PRESETS[name]())
 
 
-# Where and how a run executes, not what it computes: these may change between two starts of one run.
+# What may change when a run that has a checkpoint is taken up again: where and how it executes, its learning rate and
+# its length. The weights' file may lie elsewhere: the prototypes hold the hash of what is in it.
 FREE_SETTINGS = frozenset(
     {
+        "lr", "min_lr", "epochs", "max_steps", "accumulation_steps", "teacher_pretrained_weights",
         "data_path", "val_data_path", "cache_path", "num_threads", "on_bad_sample", "skip_budget", "batch_size_per_gpu",
         "output_dir", "device", "compile", "compile_backend", "check_compile", "log_every",
         "term_gradients_every", "checkpoint_every", "keep_checkpoints", "keep_every", "knn_every_epochs",
         "knn_max_rows", "tensorboard",
     }
 )  # fmt: skip
+
+
+def has_checkpoint(run_dir: Path) -> bool:
+    """Return whether the run has begun in the sense that there is something to resume."""
+    return any(run_dir.glob("checkpoints/step_*.json"))
 
 
 def load_config(run_dir: Path) -> TrainConfig:
@@ -332,13 +349,13 @@ def load_config(run_dir: Path) -> TrainConfig:
 
 
 def write_or_check_config(config: TrainConfig, run_dir: Path) -> None:
-    """Write config.json into a new folder, or check it against the run that the folder holds.
+    """Write config.json, after checking it against the run that the folder holds, if that has a checkpoint.
 
     Raises:
         UserError: a setting that decides what is computed differs; the message lists each.
     """
     path = run_dir / "config.json"
-    if path.is_file():
+    if path.is_file() and has_checkpoint(run_dir):
         before, now = _flat(load_config(run_dir)), _flat(config)
         lines = [
             f"{name}: the run has {before[name]!r}, now {now[name]!r}"
@@ -348,9 +365,9 @@ def write_or_check_config(config: TrainConfig, run_dir: Path) -> None:
         if lines:
             raise UserError(
                 f"{path}: this folder holds a run with other settings:\n  " + "\n  ".join(lines) + "\n"
-                "Give the same settings to resume it, or another --output_dir to start anew."
+                "Give the same settings to resume it, or another --output_dir to start anew. Learning rate, length, "
+                "accumulation, paths, logging and workers may change."
             )
-        return
     run_dir.mkdir(parents=True, exist_ok=True)
     write_atomic(path, config.to_json().encode())
 

@@ -6,7 +6,7 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
+from common.atomic import explain_disk_errors, write_atomic
 from common.errors import UserError
 from distill.config import RuntimeConfig
 from distill.runtime import Ranks
@@ -79,6 +80,7 @@ class MetricsLog:
         self._phase_totals = dict.fromkeys(PHASES, 0.0)
         self._seconds = 0.0
         self._images_total = 0
+        self._error: UserError | None = None
         self._writer: Any = None
         self._bar: tqdm[Any] | None = None
         if ranks.is_main:
@@ -87,13 +89,12 @@ class MetricsLog:
             if sys.stderr.isatty():
                 self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True)
 
-    def add(
-        self,
-        metrics: Tensor,
-        grad_norm: Tensor,
-        *,
-        images: int,
-    ) -> None:
+    @property
+    def failed(self) -> bool:
+        """Whether a line of this rank could not be written."""
+        return self._error is not None
+
+    def add(self, metrics: Tensor, grad_norm: Tensor, *, images: int) -> None:
         """Add one step's metrics, still on the device.
 
         Args:
@@ -135,7 +136,7 @@ class MetricsLog:
         self._count = self._images = 0
         self._since = time.perf_counter()
         if self._ranks.is_main:
-            self._write(line)
+            self._write(line, fields)
 
     def event(self, step: int, **fields: Any) -> None:
         """Write a line of its own (an evaluation, gradient norms by term); main rank only."""
@@ -167,17 +168,19 @@ class MetricsLog:
         return f"{speed}; time: {listed}\n{_ADVICE[largest]}"
 
     def close(self) -> None:
-        """Close bar and writers."""
+        """Close bar and writers; UserError where a line could not be written (disk full, say)."""
         if self._bar is not None:
             self._bar.close()
         if self._writer is not None:
             self._writer.close()
+        if self._error is not None:
+            raise self._error
 
-    def _write(self, line: dict[str, Any]) -> None:
+    def _write(self, line: dict[str, Any], fields: Iterable[str]) -> None:
         self._append(line)
         # Terms without a weight are 0 and left out.
         names = [metric.name for metric in METRICS if metric.shown and line[metric.name]]
-        names += ["images_per_second", "data_wait"]
+        names += [*fields, "images_per_second", "data_wait"]
         shown = "  ".join(f"{name} {line[name]:.4g}" for name in names)
         if self._bar is not None:
             self._bar.set_postfix_str(shown, refresh=False)
@@ -186,8 +189,12 @@ class MetricsLog:
             self.say(f"step {line['step']}/{self._total_steps}  eta {eta:.0f} s  {shown}")
 
     def _append(self, line: dict[str, Any]) -> None:
-        with self._path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        try:
+            with explain_disk_errors(self._path), self._path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        except UserError as error:  # raised by `close`, when all ranks have stopped at the same step
+            self._error = error
+            return
         if self._writer is not None:
             for name, value in line.items():
                 if isinstance(value, (int, float)) and name != "step":
@@ -204,9 +211,7 @@ class MetricsLog:
                 continue
             if line["step"] <= first_step:
                 kept.append(text)
-        temporary = self._path.with_suffix(".jsonl.tmp")
-        temporary.write_text("".join(text + "\n" for text in kept))
-        temporary.replace(self._path)
+        write_atomic(self._path, "".join(text + "\n" for text in kept).encode())
 
 
 def _tensorboard(run_dir: Path) -> Any:

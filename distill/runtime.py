@@ -9,11 +9,12 @@ import os
 import signal
 import sys
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import torch.distributed as dist
@@ -33,16 +34,38 @@ class Ranks:
     rank: int
     world_size: int
     device: torch.device
+    waiting: dist.ProcessGroup | None = None
+    """On the CPU and without a time limit: what one rank does alone may take hours."""
 
     @property
     def is_main(self) -> bool:
         """Whether this rank writes logs and checkpoints."""
         return self.rank == 0
 
-    def barrier(self) -> None:
-        """Wait for all ranks; nothing without a process group."""
+    def on_main(self, work: Callable[[], object]) -> None:
+        """Do `work` on the main rank while the others wait. Its UserError is raised on every rank."""
+        error: UserError | None = None
+        if self.is_main:
+            try:
+                work()
+            except UserError as raised:
+                error = raised
+        message = [str(error) if error else None]
         if self.world_size > 1:
-            dist.barrier()
+            dist.broadcast_object_list(message, src=0, group=self.waiting)
+        if error is not None:
+            raise error
+        if message[0] is not None:
+            raise UserError(message[0])
+
+
+# What other trainers call it, where tyro's own search for the closest flag finds nothing.
+_OTHER_NAMES = {
+    "learning_rate": "lr", "base_lr": "lr", "wd": "weight_decay", "max_norm": "clip_grad", "steps": "max_steps",
+    "batch_size": "batch_size_per_gpu", "num_workers": "num_threads", "workers": "num_threads", "model": "arch",
+    "accum_iter": "accumulation_steps", "gradient_accumulation_steps": "accumulation_steps", "out": "output_dir",
+    "data": "data_path", "train_data": "data_path", "val_data": "val_data_path", "save_every": "checkpoint_every",
+}  # fmt: skip
 
 
 def parse_config(argv: Sequence[str] | None = None) -> TrainConfig:
@@ -50,10 +73,16 @@ def parse_config(argv: Sequence[str] | None = None) -> TrainConfig:
 
     Flags are flat (`--dino_loss_weight`), with underscores or hyphens. An unknown flag ends the program with
     the closest match.
+
+    Raises:
+        UserError: no preset has that name, or a flag is another trainer's.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     name = "five"
     for i, word in enumerate(argv):
+        flag = word.removeprefix("--").partition("=")[0].replace("-", "_")
+        if word.startswith("--") and flag in _OTHER_NAMES:
+            raise UserError(f"--{flag}: there is no such flag. Did you mean --{_OTHER_NAMES[flag]}? --help lists all.")
         if word == "--preset" and i + 1 < len(argv):
             name = argv[i + 1]
         elif word.startswith("--preset="):
@@ -85,7 +114,8 @@ def process_group(config: RuntimeConfig) -> Iterator[Ranks]:
     else:
         dist.init_process_group("gloo")
     try:
-        yield Ranks(dist.get_rank(), world_size, device)
+        waiting: Any = dist.new_group(backend="gloo", timeout=timedelta(days=30))
+        yield Ranks(dist.get_rank(), world_size, device, waiting)
     finally:
         dist.destroy_process_group()
 
@@ -127,17 +157,36 @@ def wrap_step(step: nn.Module, config: RuntimeConfig, ranks: Ranks) -> nn.Module
 
 
 class StopSignal:
-    """Remembers SIGTERM, SIGINT or SIGUSR1, so that the loop can end at a step of its own choosing."""
+    """Remembers SIGTERM, SIGINT or SIGUSR1, so that the loop can end at a step of its own choosing.
+
+    Attributes:
+        received: name of the signal that came first.
+        patient: whether there is a loop that will end. Before it, and at a second SIGINT, KeyboardInterrupt is raised.
+    """
 
     def __init__(self) -> None:
         self.received: str | None = None
+        self.patient = False
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._remember)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
+        again = self.received is not None and number == signal.SIGINT
         self.received = signal.Signals(number).name
+        if again or not self.patient:
+            raise KeyboardInterrupt
+
+    @contextlib.contextmanager
+    def cutting_short(self) -> Iterator[None]:
+        """Let a signal end the block now, and the loop after it."""
+        self.patient = False
+        try:
+            yield
+        except KeyboardInterrupt:
+            if self.received is None:
+                raise
+        finally:
+            self.patient = True
 
 
 class StepGuard:
@@ -147,10 +196,11 @@ class StepGuard:
     update is a no-op on the device, so the delay costs no weight.
     """
 
-    def __init__(self, ranks: Ranks, run_dir: Path, seed: int) -> None:
+    def __init__(self, ranks: Ranks, run_dir: Path, seed: int, *, first_step: int = 0) -> None:
         self._ranks = ranks
         self._run_dir = run_dir
         self._seed = seed
+        self._first_step = first_step
         self._flags = torch.zeros(2, device=ranks.device)
         self._stop = False
         self._pending: deque[tuple[int, MultiCropBatch, Tensor, torch.cuda.Event | None]] = deque()
@@ -208,10 +258,15 @@ class StepGuard:
                 }
             )
         )
+        again = "it resumes from the last checkpoint."
+        if step == self._first_step > 0:
+            # Weights can be ruined, and saved, by a step whose own loss was still finite.
+            saved = self._run_dir / "checkpoints" / f"step_{step:09d}"
+            again = f"this checkpoint may hold ruined weights: remove {saved}.json to resume from the one before."
         raise UserError(
             f"step {step}, rank {self._ranks.rank}: loss or gradient is not finite. No weight was changed by it. "
             f"{path} names the {len(batch.rows)} samples. Look at them with `python -m shards inspect`, then run the "
-            "same command again, with a lower --lr if the samples are sound: it resumes from the last checkpoint."
+            f"same command again, with a lower --lr if the samples are sound: {again}"
         )
 
 

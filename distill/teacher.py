@@ -83,9 +83,7 @@ class FrozenTeacher:
         return TeacherTargets(cls=tokens[:, :, 0], patches=tokens[:, :, self.num_prefix_tokens :])
 
     def _forward(self, crops: Tensor) -> Tensor:
-        tokens: Tensor = self.model.forward_features(
-            normalise(crops, mean=self.mean, std=self.std, dtype=self.dtype)
-        )
+        tokens: Tensor = self.model.forward_features(normalise(crops, mean=self.mean, std=self.std, dtype=self.dtype))
         return tokens
 
     def fingerprint(self) -> dict[str, Any]:
@@ -132,12 +130,15 @@ def load_teacher(
         ) from error
     if weights is not None:
         load_weights(model, weights)
+    for key, value in model.state_dict().items():
+        if not bool(torch.isfinite(value).all()):
+            raise UserError(
+                f"{weights or arch}: {key} holds NaN or Inf. The file is damaged: copy or download it again."
+            )
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     # Meta released DINOv3 with RoPE periods rounded to bf16; a local folder holds a model trained otherwise.
     rounded = not arch.startswith(LOCAL_DIR)
-    return FrozenTeacher(
-        model, arch=arch, img_size=img_size, dtype=dtype, device=device, round_rope_periods=rounded
-    )
+    return FrozenTeacher(model, arch=arch, img_size=img_size, dtype=dtype, device=device, round_rope_periods=rounded)
 
 
 def _restore_rope_table(model: Any, round_periods: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from distill.evaluation.features import LabelledCrops, Normalise, extract_featur
 from pipeline.batch import normalise
 from pipeline.readers import CenterCropBatch, read_center_crops
 from shards.format import load_manifest
+from shards.index import load_index
 
 TEMPERATURE = 0.07
 # Similarities held at once: 2^26 fp32 numbers are 256 MB.
@@ -151,6 +153,27 @@ def knn_top1(
         temperature=temperature,
     )
     return accuracy[k]
+
+
+def check_validation(config: TrainConfig) -> None:
+    """Open the validation data, so that it fails before the training and not at the first k-NN.
+
+    Raises:
+        UserError: it is no folder of shards, has no labels, or its classes are not those of the training data.
+    """
+    path = config.data.val_data_path
+    if path is None:
+        return
+    classes, known = load_manifest(path).class_names, load_manifest(config.data.data_path).class_names
+    if not (load_index(path).label >= 0).any():
+        raise UserError(f"--val_data_path {path}: none of its images has a class. Pack labelled ones, or leave it out.")
+    if classes != known:
+        pairs = enumerate(zip(classes, known, strict=False))
+        what = next((f"number {i} is {a!r} there, {b!r} here" for i, (a, b) in pairs if a != b), "one list is longer")
+        raise UserError(
+            f"--val_data_path {path}: its classes are not those of {config.data.data_path} ({what}). Pack it again "
+            f"with --classes {Path(config.data.data_path) / 'classes.json'}."
+        )
 
 
 def student_knn(student: nn.Module, config: TrainConfig, device: torch.device) -> float:

@@ -83,12 +83,20 @@ def test_unknown_fields_in_config_json_are_named() -> None:
 def test_a_run_resumes_only_with_the_settings_that_decide_what_it_computes(tmp_path: Path) -> None:
     write_or_check_config(TrainConfig(), tmp_path)
     moved = parse_config(["--output_dir", "elsewhere", "--num_threads", "9", "--no_compile", "--data_path", "moved"])
+    other = parse_config(["--beta2", "0.99", "--mask_ratio", "0.5"])
+    write_or_check_config(other, tmp_path)  # nothing is there yet that could be resumed
+    write_or_check_config(TrainConfig(), tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "step_000000004.json").write_text("{}")
     write_or_check_config(moved, tmp_path)
     with pytest.raises(UserError) as error:
-        write_or_check_config(parse_config(["--lr", "1e-3", "--mask_ratio", "0.5"]), tmp_path)
-    assert "lr: the run has 0.0005, now 0.001" in str(error.value)
+        write_or_check_config(other, tmp_path)
+    assert "beta2: the run has 0.999, now 0.99" in str(error.value)
     assert "mask_ratio: the run has 0.4, now 0.5" in str(error.value)
-    assert load_config(tmp_path) == TrainConfig()
+    assert load_config(tmp_path) == moved
+    longer = parse_config(["--lr", "1e-3", "--epochs", "200", "--accumulation_steps", "2"])
+    write_or_check_config(longer, tmp_path)
+    assert load_config(tmp_path) == longer
 
 
 def test_the_crop_plan_takes_its_sizes_from_the_run() -> None:
@@ -130,10 +138,15 @@ def test_step_seeds_differ_by_seed_step_and_rank() -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--accumulation_steps", "3"], "a divisor of batch_size_per_gpu 64"),
+        (["--accumulation_steps", "3"], "--accumulation_steps 3: it must be a divisor of --batch_size_per_gpu 64"),
         (["--batch_size_per_gpu", "0"], "--batch_size_per_gpu 0: it must be 1 or more"),
         (["--max_steps", "0"], "--max_steps 0"),
         (["--epochs", "0"], "--epochs 0"),
+        (["--lr", "-1"], "--lr -1.0: it must be a number above 0"),
+        (["--min_lr", "nan"], "--min_lr nan: it must be a number of 0 or more"),
+        (["--ema_momentum", "2"], "--ema_momentum 2.0: it must be at least 0 and below 1"),
+        (["--spd_loss_weight", "-0.5"], "--spd_loss_weight -0.5: it must be a number of 0 or more"),
+        (["--warmup_epochs", "inf"], "--warmup_epochs inf"),
         (["--log_every", "0"], "--log_every 0"),
         (["--keep_checkpoints", "0"], "--keep_checkpoints 0"),
         (["--num_prototypes", "1"], "--num_prototypes 1"),
@@ -148,3 +161,12 @@ def test_settings_out_of_their_range_are_named(
     assert stop.value.code == 2
     shown = " ".join(capsys.readouterr().err.replace("│", " ").split())  # the message stands in a box
     assert message in shown
+
+
+@pytest.mark.parametrize(
+    ("flag", "ours"),
+    [("--learning_rate", "--lr"), ("--batch-size=64", "--batch_size_per_gpu"), ("--wd", "--weight_decay")],
+)
+def test_the_name_of_another_trainer_is_answered_with_ours(flag: str, ours: str) -> None:
+    with pytest.raises(UserError, match=rf"there is no such flag. Did you mean {ours}\?"):
+        parse_config([flag, "1"])

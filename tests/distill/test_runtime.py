@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -59,10 +60,21 @@ def test_signals_are_remembered_and_a_second_interrupt_interrupts() -> None:
     try:
         stop = StopSignal()
         assert stop.received is None
+        stop.patient = True
         signal.raise_signal(signal.SIGUSR1)
         assert stop.received == "SIGUSR1"
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+        # Before there is a loop that ends at a step, the first one does, whichever it is.
+        with pytest.raises(KeyboardInterrupt):
+            StopSignal()
+            signal.raise_signal(signal.SIGTERM)
+        stop, reached = StopSignal(), []
+        stop.patient = True
+        with stop.cutting_short():
+            signal.raise_signal(signal.SIGTERM)
+            reached.append("the end")
+        assert (stop.received, stop.patient, reached) == ("SIGTERM", True, [])
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -103,6 +115,22 @@ def test_lines_beyond_the_step_that_is_resumed_are_dropped_with_a_torn_last_line
     assert lines(tmp_path) == [{"step": 2, "loss": 1}]
 
 
+def test_a_line_that_the_disk_refuses_fails_the_run_at_its_end(
+    small_disk: Callable[[int], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = small_disk(64 << 10)
+    log = MetricsLog(run, RuntimeConfig(log_every=1), ALONE, first_step=0, total_steps=3)
+    with pytest.raises(OSError), (run / "metrics.jsonl").open("ab", buffering=0) as file:
+        while True:
+            file.write(b" " * 512)
+    log.add(metrics_of(1.0), torch.tensor(1.0), images=4)
+    assert not log.failed
+    log.flush(1, lr=0.1, epoch=0.5)
+    assert log.failed
+    with pytest.raises(UserError, match=r"metrics.jsonl: (the disk is full|the system allows no file of that size)"):
+        log.close()
+
+
 def test_the_phase_clock_gives_each_phase_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([0.0, 1.0, 3.0, 7.0, 8.0, 20.0, 21.0])
     monkeypatch.setattr("distill.metrics.time.perf_counter", lambda: next(times))
@@ -118,7 +146,7 @@ def test_one_process_needs_no_process_group(monkeypatch: pytest.MonkeyPatch) -> 
     with process_group(RuntimeConfig(device="cpu")) as ranks:
         assert ranks == ALONE
         assert not torch.distributed.is_initialized()
-        ranks.barrier()
+        ranks.on_main(lambda: None)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="provokes the error of a machine without a GPU")

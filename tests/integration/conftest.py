@@ -101,7 +101,7 @@ def torchrun() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Train in N real processes under torchrun."""
 
     def run(ranks: int, flags: list[str]) -> subprocess.CompletedProcess[str]:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        launcher = [sys.executable, "-m", "distill.launch", "--standalone", "--nproc-per-node", str(ranks)]
         return subprocess.run(
             [*launcher, "train.py", *flags], cwd=ROOT, capture_output=True, text=True, check=False
         )

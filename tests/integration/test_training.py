@@ -298,4 +298,5 @@ def test_running_out_of_gpu_memory_names_the_batch_to_try(
     monkeypatch.setattr(train, "train", exhausted)
     monkeypatch.setattr(sys, "argv", ["train.py", *workplace.flags(tmp_path, "--batch_size_per_gpu", 16)])
     assert train.main() == 2
-    assert "Try --batch_size_per_gpu 8, or keep the global batch with --accumulation_steps 2" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert "Try --accumulation_steps 2, which keeps the global batch, or --batch_size_per_gpu 8 " in printed

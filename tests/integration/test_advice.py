@@ -1,0 +1,196 @@
+"""Every message of the trainer that names a flag, followed to the letter in the same folder: the run then succeeds."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import train
+from common.locks import file_lock
+from distill.checkpoint import list_checkpoints
+from distill.models import create_vit
+from distill.step import DistillStep
+from shards.pack import pack
+
+from .conftest import ROOT, Workplace
+
+Command = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Command]:
+    """Run `train.py` with these arguments in this process; gives its exit status and what it printed."""
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+
+    def run(flags: list[str]) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["train.py", *flags])
+        status = train.main()
+        return status, capsys.readouterr().err
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def run(workplace: Workplace, command: Command, tmp_path: Path) -> Callable[..., str]:
+    """Train on the cache in one folder and give what was printed; `fails` says whether it must fail."""
+
+    def train_with(*flags: object, fails: bool = False) -> str:
+        base = ("--cache_path", workplace.cache, "--max_steps", 3, "--checkpoint_every", 1)
+        status, printed = command(workplace.flags(tmp_path / "run", *base, *flags))
+        assert status == (2 if fails else 0), printed
+        return printed
+
+    return train_with
+
+
+def last_step(folder: Path) -> int:
+    return list_checkpoints(folder)[-1].step
+
+
+def test_a_lower_learning_rate_after_a_step_that_is_not_finite(run: Callable[..., str], tmp_path: Path) -> None:
+    flags = ("--warmup_epochs", 0, "--clip_grad", 0)
+    assert "with a lower --lr" in run("--lr", 1e30, *flags, fails=True)
+    # The first step was finite, but ruined the weights that were then saved.
+    printed = run("--lr", 1e-3, *flags, fails=True)
+    Path(re.search(r"remove (\S+) to resume", printed)[1]).unlink()  # type: ignore[index]
+    run("--lr", 1e-3, *flags)
+    assert last_step(tmp_path / "run") == 3
+
+
+def test_fewer_prototypes(run: Callable[..., str]) -> None:
+    printed = run("--num_prototypes", 10_000, fails=True)
+    run("--num_prototypes", int(re.search(r"Ask for at most (\d+)", printed)[1]))  # type: ignore[index]
+
+
+@pytest.mark.parametrize("steps_before", [0, 2])
+def test_every_way_out_of_a_full_gpu(
+    run: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps_before: int
+) -> None:
+    real, calls = DistillStep.forward, []
+
+    def forward(self: DistillStep, *tensors: torch.Tensor) -> Any:
+        calls.append(len(tensors[4]))
+        if len(calls) > steps_before and calls[-1] > 8:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return real(self, *tensors)
+
+    monkeypatch.setattr(DistillStep, "forward", forward)
+    printed = run(fails=True)
+    ways = re.findall(r"(--accumulation_steps 2|--batch_size_per_gpu 8 --accumulation_steps 1)[, ]", printed)
+    assert len(ways) == (1 if steps_before else 2)
+    run(*ways[-1].split())
+    assert last_step(tmp_path / "run") == 3
+    assert set(calls[steps_before + 1 :]) == {8}
+
+
+def test_a_run_is_made_longer_and_not_shorter_than_it_is(run: Callable[..., str], tmp_path: Path) -> None:
+    run()
+    printed = run("--max_steps", 2, fails=True)
+    assert "--max_steps 2: 2 steps of" in printed and "3 are taken already" in printed
+    run("--max_steps", int(re.search(r"Give --max_steps (\d+)", printed)[1]))  # type: ignore[index]
+    assert "resumes at step 3" in run("--max_steps", 5)
+    assert last_step(tmp_path / "run") == 5
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["optim"]["max_steps"] == 5
+
+
+def test_a_length_of_no_step(workplace: Workplace, command: Command, tmp_path: Path) -> None:
+    flags = ("--cache_path", workplace.cache)
+    status, printed = command(workplace.flags(tmp_path / "run", *flags, "--epochs", 0.001))
+    assert status == 2 and "--epochs 0.001: 0 steps" in printed
+    advised = re.search(r"--max_steps \d+", printed)[0].split()  # type: ignore[index]
+    assert command(workplace.flags(tmp_path / "run", *flags, *advised))[0] == 0
+
+
+def test_micro_batches_in_which_koleo_finds_no_neighbour(run: Callable[..., str]) -> None:
+    assert "KoLeo finds no neighbour" in run("--accumulation_steps", 16, fails=True)
+    run("--accumulation_steps", 16, "--koleo_loss_weight", 0)
+
+
+def test_local_weights_after_a_download_that_failed(
+    workplace: Workplace, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    name = "vit_small_patch16_dinov3"
+    flags = ("--max_steps", 1, "--teacher_arch", name, "--patch_size", 16, "--local_crops_size", 32)
+    status, printed = command(workplace.flags(tmp_path / "run", *flags))
+    assert status == 2 and "Give a local file with --teacher_pretrained_weights" in printed
+    torch.manual_seed(0)
+    weights = tmp_path / "weights.safetensors"
+    save_file(create_vit(name).state_dict(), weights)
+    status, printed = command(workplace.flags(tmp_path / "run", *flags, "--teacher_pretrained_weights", weights))
+    assert status == 0, printed
+    # The same file in another place is the same teacher.
+    moved = weights.rename(tmp_path / "moved.safetensors")
+    longer = (*flags, "--max_steps", 2, "--teacher_pretrained_weights", moved)
+    assert command(workplace.flags(tmp_path / "run", *longer))[0] == 0
+
+    tensors = load_file(moved)
+    tensors["blocks.3.mlp.fc1.weight"][5, 7] = torch.nan
+    save_file(tensors, moved)
+    status, printed = command(workplace.flags(tmp_path / "run", *longer))
+    assert status == 2 and f"{moved}: blocks.3.mlp.fc1.weight holds NaN or Inf" in printed
+
+
+def test_validation_data_is_looked_at_before_the_training(
+    workplace: Workplace, run: Callable[..., str], tmp_path: Path
+) -> None:
+    assert "no such folder" in run("--val_data_path", tmp_path / "nowhere", fails=True)
+    images = workplace.shards.parent / "images" / "val"
+    unlabelled = tmp_path / "flat"
+    unlabelled.mkdir()
+    for i, path in enumerate(sorted(images.rglob("*.*"))[:4]):
+        (unlabelled / f"{i}{path.suffix}").write_bytes(path.read_bytes())
+    pack(unlabelled, tmp_path / "unlabelled", workers=1, progress=False)
+    assert "none of its images has a class" in run("--val_data_path", tmp_path / "unlabelled", fails=True)
+    fewer = tmp_path / "fewer"
+    for folder in sorted(images.iterdir())[1:]:
+        (fewer / folder.name).mkdir(parents=True)
+        for path in folder.iterdir():
+            (fewer / folder.name / path.name).write_bytes(path.read_bytes())
+    pack(fewer, tmp_path / "other", workers=1, progress=False)
+    printed = run("--val_data_path", tmp_path / "other", fails=True)
+    assert "its classes are not those of" in printed
+    advised = re.search(r"Pack it again with --classes (\S+\.json)", printed)[1]  # type: ignore[index]
+    command = [sys.executable, "-m", "shards", "pack", "--source", fewer, "--output", tmp_path / "again"]
+    subprocess.run([*command, "--classes", advised], cwd=ROOT, check=True, capture_output=True)
+    run("--val_data_path", tmp_path / "again")
+
+
+def test_a_second_run_in_one_folder_is_refused(run: Callable[..., str], tmp_path: Path) -> None:
+    with file_lock(tmp_path / "run" / ".lock") as held:
+        assert held
+        assert "another run is at work there" in run(fails=True)
+    run()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_before_the_first_step_ends_the_run_with_a_line(
+    workplace: Workplace, command: Command, tmp_path: Path, number: signal.Signals
+) -> None:
+    run_dir = tmp_path / "run"
+    # Prototypes of another number than those beside the cache are fitted: for hours, with so many iterations.
+    flags = ("--cache_path", workplace.cache, "--max_steps", 1, "--num_prototypes", 24)
+    words = workplace.flags(run_dir, *flags, "--prototype_iterations", 10**9)
+    process = subprocess.Popen([sys.executable, "train.py", *words], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    while not (run_dir / "config.json").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, printed = process.communicate()
+    assert process.returncode == 130, printed
+    assert printed.rstrip().endswith("the same command continues from here.")
+    assert "Traceback" not in printed
+    assert command(workplace.flags(run_dir, *flags))[0] == 0

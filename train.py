@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import sys
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -116,7 +117,8 @@ def train(config: TrainConfig, ranks: Ranks) -> None:
     log = MetricsLog(run_dir, config.runtime, ranks, first_step=first_step, total_steps=total_steps)
     guard = StepGuard(ranks, run_dir, config.data.data_seed, first_step=first_step)
     writer = CheckpointWriter(run_dir, config.runtime, is_main=ranks.is_main)
-    log.say(describe_start(config, ranks, first_step, total_steps, cache))
+    teacher_patches = cache.spec.num_patches if cache else teacher.num_patches()  # type: ignore[union-attr]
+    log.say(describe_start(config, ranks, first_step, total_steps, teacher_patches))
 
     step = first_step
     with loader:
@@ -372,7 +374,7 @@ def log_knn(
 
 
 def describe_start(
-    config: TrainConfig, ranks: Ranks, first_step: int, total_steps: int, cache: TeacherCache | None
+    config: TrainConfig, ranks: Ranks, first_step: int, total_steps: int, teacher_patches: int
 ) -> str:
     """Return the line that says what begins, and on what."""
     side = config.data.global_crops_size // config.student.patch_size
@@ -380,13 +382,16 @@ def describe_start(
     source = f"targets from {config.teacher.cache_path}" if config.uses_cache() else "live teacher"
     mode = f"compiled by {config.runtime.compile_backend}" if config.runtime.compile else "eager"
     begins = f"resumes at step {first_step}" if first_step else "begins"
-    koleo = ""
+    koleo = grids = ""
+    if teacher_patches != side**2:
+        teacher_side = math.isqrt(teacher_patches)
+        grids = f"; its {teacher_side} x {teacher_side} patch tokens resampled to the student's {side} x {side}"
     if config.optim.accumulation_steps > 1 and config.losses.koleo_loss_weight:
         koleo = f". KoLeo looks for neighbours within each of the {config.optim.accumulation_steps} micro-batches"
     return (
         f"{config.runtime.output_dir} {begins}: {total_steps} steps of "
         f"{config.optim.batch_size_per_gpu * ranks.world_size} images on {ranks.world_size} x {ranks.device.type}, "
-        f"{source}, {mode}. {reduction if config.losses.spd_loss_weight else 'No SPD loss'}"
+        f"{source}{grids}, {mode}. {reduction if config.losses.spd_loss_weight else 'No SPD loss'}"
         f"{koleo}"
     )
 

@@ -57,7 +57,8 @@ class StepInputs(NamedTuple):
 
     @staticmethod
     def of(batch: MultiCropBatch, targets: TeacherTargets) -> StepInputs:
-        """Join a batch with its targets."""
+        """Join a batch with its targets, the teacher's patch tokens on the student's grid."""
+        targets = targets.on_grid(batch.masks.shape[1])
         tensors = (batch.global_crops, batch.local_crops, batch.masks, batch.masked_indices)
         return StepInputs(*tensors, targets.cls, targets.patches)
 

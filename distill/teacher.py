@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from timm.layers import RotaryEmbeddingDinoV3
 from torch import Tensor
@@ -29,6 +31,7 @@ class FrozenTeacher:
         embed_dim: width of its tokens.
         dtype: compute dtype, bf16 on CUDA and fp32 on the CPU unless given.
         img_size: side of the crops in pixels.
+        input_size: side at which the model sees them: the nearest that its patches divide, so that all is seen.
     """
 
     def __init__(
@@ -45,6 +48,7 @@ class FrozenTeacher:
         _restore_rope_table(self.model, round_rope_periods)
         self.arch = arch
         self.img_size = img_size
+        self.input_size = _input_size(self.model, img_size)
         self.dtype = dtype
         self.device = device
         self.embed_dim = int(self.model.embed_dim)
@@ -60,7 +64,7 @@ class FrozenTeacher:
     def num_patches(self) -> int:
         """Return the number of patch tokens of one crop."""
         patch = self.model.patch_embed.patch_size
-        return (self.img_size // int(patch[0])) * (self.img_size // int(patch[1]))
+        return (self.input_size // int(patch[0])) * (self.input_size // int(patch[1]))
 
     @torch.no_grad()
     def __call__(self, crops: UInt8[Tensor, "gb G G 3"], num_crops: int = 2) -> TeacherTargets:
@@ -83,7 +87,10 @@ class FrozenTeacher:
         return TeacherTargets(cls=tokens[:, :, 0], patches=tokens[:, :, self.num_prefix_tokens :])
 
     def _forward(self, crops: Tensor) -> Tensor:
-        tokens: Tensor = self.model.forward_features(normalise(crops, mean=self.mean, std=self.std, dtype=self.dtype))
+        images = normalise(crops, mean=self.mean, std=self.std, dtype=self.dtype)
+        if self.input_size != self.img_size:
+            images = F.interpolate(images, size=(self.input_size,) * 2, mode="bilinear", antialias=True)
+        tokens: Tensor = self.model.forward_features(images)
         return tokens
 
     def fingerprint(self) -> dict[str, Any]:
@@ -98,7 +105,7 @@ class FrozenTeacher:
             "mean": list(self.mean),
             "std": list(self.std),
             "rope_periods": rope.periods.tolist() if _is_dinov3_rope(rope) else None,
-        }
+        } | ({"input_size": self.input_size} if self.input_size != self.img_size else {})
 
 
 def load_teacher(
@@ -118,9 +125,9 @@ def load_teacher(
     arch, weights = config.teacher_arch, config.teacher_pretrained_weights
     try:
         # A fixed image size makes timm compute the RoPE table once, not at every forward pass.
-        model = create_vit(
-            arch, pretrained=weights is None, model_args={"img_size": img_size, "dynamic_img_size": False}
-        )
+        model = _create(arch, img_size, pretrained=weights is None)
+        if _input_size(model, img_size) != img_size:
+            model = _create(arch, _input_size(model, img_size), pretrained=weights is None)
     except OSError as error:
         raise UserError(
             f"--teacher_arch {arch}: its weights could not be found or downloaded "
@@ -139,6 +146,15 @@ def load_teacher(
     # Meta released DINOv3 with RoPE periods rounded to bf16; a local folder holds a model trained otherwise.
     rounded = not arch.startswith(LOCAL_DIR)
     return FrozenTeacher(model, arch=arch, img_size=img_size, dtype=dtype, device=device, round_rope_periods=rounded)
+
+
+def _create(arch: str, img_size: int, *, pretrained: bool) -> Any:
+    return create_vit(arch, pretrained=pretrained, model_args={"img_size": img_size, "dynamic_img_size": False})
+
+
+def _input_size(model: Any, img_size: int) -> int:
+    patch = int(model.patch_embed.patch_size[0])
+    return max(round(img_size / patch), 1) * patch
 
 
 def _restore_rope_table(model: Any, round_periods: bool) -> None:
@@ -169,3 +185,18 @@ class TeacherTargets:
 
     cls: Float[Tensor, "b g d"]
     patches: Float[Tensor, "b g n d"]
+
+    def on_grid(self, num_patches: int) -> TeacherTargets:
+        """Return the same with patch tokens on a square grid of another number of patches over the same pixels.
+
+        Bilinear, antialiased where the grid becomes coarser; in fp32, then in the tokens' dtype.
+        """
+        b, g, n, d = self.patches.shape
+        if n == num_patches:
+            return self
+        old, new = math.isqrt(n), math.isqrt(num_patches)
+        assert old * old == n and new * new == num_patches, (n, num_patches)
+        grid = self.patches.flatten(0, 1).unflatten(1, (old, old)).movedim(-1, 1).float()  # [b*g, d, old, old]
+        resampled = F.interpolate(grid, size=(new, new), mode="bilinear", antialias=True)
+        patches = resampled.movedim(1, -1).reshape(b, g, num_patches, d).to(self.patches.dtype)
+        return TeacherTargets(self.cls, patches)

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
 from common.errors import UserError
@@ -25,7 +26,8 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
 
     Args:
         model: a timm ViT; changed in place.
-        path: `.safetensors` in timm's layout, or `.pth` / `.pt` in Meta's DINOv3 layout or timm's.
+        path: `.safetensors` in timm's layout, or `.pth` / `.pt` in Meta's DINOv3 or DINOv2 layout or
+            timm's. Absolute positions are resampled to the model's grid by timm.
 
     Raises:
         UserError: the file is missing, not a plain state dict, or its keys or shapes differ from the
@@ -35,6 +37,8 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     state = read_state_dict(path)
     if "storage_tokens" in state:
         state = meta_to_timm(state, has_qkv_bias="blocks.0.attn.q_bias" in model.state_dict(), where=str(path))
+    elif isinstance(model, VisionTransformer):
+        state = checkpoint_filter_fn(state, model)  # Meta's DINOv2 keys, and a position table of another image size
     problems = _differences(model.state_dict(), state)
     if problems:
         raise UserError(

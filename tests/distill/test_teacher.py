@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch.testing import assert_close
 
 from common.errors import UserError
 from distill.config import TeacherConfig
 from distill.models import create_vit
-from distill.teacher import FrozenTeacher, load_teacher
+from distill.teacher import FrozenTeacher, TeacherTargets, load_teacher
 from pipeline.batch import normalise
 
 CPU = torch.device("cpu")
@@ -52,6 +53,54 @@ def test_any_timm_vit_with_a_class_token_can_teach() -> None:
     assert targets.patches.shape == (1, 2, 4, 192)
     image = normalise(random_crops(2), mean=(0.5,) * 3, std=(0.5,) * 3)  # this model's own normalisation
     assert_close(targets.cls[0, 1], model.forward_features(image)[1, 0])
+
+
+@pytest.mark.parametrize(
+    ("arch", "input_size", "num_prefix"),
+    [
+        ("vit_small_patch14_reg4_dinov2", 42, 5),
+        ("vit_small_patch14_dinov2", 42, 1),
+        ("vit_tiny_patch16_224", 48, 1),
+        ("vit_small_patch8_224", 48, 1),
+        ("eva02_tiny_patch14_224", 42, 1),
+        ("vit_small_patch16_dinov3", 48, 5),
+    ],
+)
+def test_a_patch_that_does_not_divide_the_crop_sees_all_of_it(arch: str, input_size: int, num_prefix: int) -> None:
+    torch.manual_seed(0)
+    args = {"img_size": input_size, "dynamic_img_size": False, "depth": 1}
+    teacher = FrozenTeacher(create_vit(arch, model_args=args), arch=arch, img_size=48, dtype=torch.float32, device=CPU)
+    crops = random_crops(2, 48)
+    images = normalise(crops, mean=teacher.mean, std=teacher.std)
+    if input_size != 48:
+        images = F.interpolate(images, size=(input_size, input_size), mode="bilinear", antialias=True)
+    tokens = teacher.model.forward_features(images)
+    side = input_size // int(teacher.model.patch_embed.patch_size[0])
+    assert teacher.num_patches() == side**2
+    assert_close(teacher(crops).patches[0, 1], tokens[1, num_prefix:], rtol=0, atol=0)
+    assert ("input_size" in teacher.fingerprint()) == (input_size != 48)
+
+
+@pytest.mark.parametrize(("old", "new"), [(16, 14), (28, 14), (14, 28), (6, 3), (5, 5), (3, 7)])
+def test_tokens_on_another_grid_are_the_means_of_those_they_cover(old: int, new: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    targets = TeacherTargets(torch.zeros(1, 2, 4), torch.randn(1, 2, old**2, 4, generator=generator))
+
+    def weights() -> torch.Tensor:
+        """Tents of the coarser grid's width about the centre of each new patch, [new, old]."""
+        rows = torch.zeros(new, old, dtype=torch.float64)
+        width = max(old / new, 1.0)
+        for i in range(new):
+            for j in range(old):
+                rows[i, j] = max(0.0, 1 - abs((j + 0.5) - (i + 0.5) * old / new) / width)
+        return rows / rows.sum(1, keepdim=True)
+
+    grid = targets.patches.double().view(1, 2, old, old, 4)
+    expected = torch.einsum("yh,xw,bghwd->bgyxd", weights(), weights(), grid).flatten(2, 3)
+    found = targets.on_grid(new**2)
+    # Two passes of at most 5 products each, of numbers of about 1, in fp32.
+    assert_close(found.patches.double(), expected, rtol=0, atol=64 * 2.0**-24)
+    assert found.cls is targets.cls
 
 
 def test_crops_of_another_size_are_refused() -> None:

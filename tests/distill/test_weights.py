@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from common.errors import UserError
@@ -146,3 +147,23 @@ def test_a_checkpoint_of_a_trainer_is_not_taken_for_a_state_dict(tmp_path: Path)
     torch.save({"epoch": 3, "lr": 0.1}, tmp_path / "trainer.pth")
     with pytest.raises(UserError, match="no plain state dict"):
         load_weights(fresh(), tmp_path / "trainer.pth")
+
+
+def test_metas_dinov2_keys_load_with_positions_of_another_image_size(tmp_path: Path) -> None:
+    arch = "vit_small_patch14_reg4_dinov2"
+    source = create_vit(arch, model_args={"img_size": 70, "depth": 1})
+    meta = {key.replace("reg_token", "register_tokens"): value for key, value in source.state_dict().items()}
+    # Meta adds a position to the class token; timm holds the sum.
+    position = torch.randn(1, 1, 384)
+    meta["pos_embed"] = torch.cat([position, meta["pos_embed"]], dim=1)
+    meta["cls_token"] = meta["cls_token"] - position
+    meta["mask_token"] = torch.zeros(1, 384)
+    torch.save(meta, tmp_path / "dinov2_vits14_reg4_pretrain.pth")
+    same = create_vit(arch, model_args={"img_size": 70, "depth": 1})
+    load_weights(same, tmp_path / "dinov2_vits14_reg4_pretrain.pth")
+    for key, value in source.state_dict().items():
+        torch.testing.assert_close(same.state_dict()[key], value)
+    smaller = create_vit(arch, model_args={"img_size": 42, "depth": 1})
+    load_weights(smaller, tmp_path / "dinov2_vits14_reg4_pretrain.pth")
+    expected = resample_abs_pos_embed(source.pos_embed, (3, 3), num_prefix_tokens=0)
+    torch.testing.assert_close(smaller.pos_embed, expected)

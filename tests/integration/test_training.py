@@ -15,16 +15,18 @@ import pytest
 import torch
 
 import train
+from cache_tools.__main__ import main as cache_tools
 from cache_tools.read import TeacherCache
 from common.errors import UserError
 from distill.checkpoint import list_checkpoints, load_newest, load_student
-from distill.models import create_student
+from distill.export import Card, export_model
+from distill.models import create_student, create_vit
 from distill.prototypes import load_prototypes
 from distill.runtime import Ranks, parse_config
 from distill.step import METRIC_NAMES, TERMS, DistillStep, StepInputs, StepScalars
 from pipeline.loader import open_loader
 
-from .conftest import ROOT, Workplace, read_lines
+from .conftest import CROPS, ROOT, Workplace, read_lines
 
 Run = Callable[[list[str]], list[dict[str, Any]]]
 LOSSES = ("loss", "dino", "ibot", "koleo", "cls", "spd")
@@ -300,3 +302,27 @@ def test_running_out_of_gpu_memory_names_the_batch_to_try(
     assert train.main() == 2
     printed = capsys.readouterr().err
     assert "Try --accumulation_steps 2, which keeps the global batch, or --batch_size_per_gpu 8 " in printed
+
+
+def test_a_teacher_of_another_patch_size_teaches_alike_live_and_cached(
+    workplace: Workplace, run_here: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(0)
+    args = {"embed_dim": 64, "depth": 2, "num_heads": 2, "init_values": 0.5, "img_size": 42}
+    model = create_vit("vit_small_patch14_reg4_dinov2", model_args=args).eval()
+    card = Card(
+        name="teacher", student_arch="dinov2", teacher_arch="random", licence="MIT", step=0, ema=False, img_size=42,
+        probe=None,
+    )  # fmt: skip
+    export_model(model, tmp_path / "teacher", card=card)
+    arch = ("--teacher_arch", f"local-dir:{tmp_path / 'teacher'}")
+    build = ["build", "--shards", workplace.shards, "--cache", tmp_path / "cache", "--view_sets", 2, "--device", "cpu"]
+    assert cache_tools([str(word) for word in [*build, "--codec", "fp16", *arch, *CROPS]]) == 0
+    flags = (*arch, "--max_steps", 4, "--view_sets", 2)
+    capsys.readouterr()
+    live = run_here(workplace.flags(tmp_path / "live", *flags))
+    cached = run_here(workplace.flags(tmp_path / "cached", *flags, "--cache_path", tmp_path / "cache"))
+    said = "its 3 x 3 patch tokens resampled to the student's 6 x 6"
+    assert capsys.readouterr().err.count(said) == 2
+    # fp16 rounds tokens by 2^-11 of their size; prototypes are fitted to the rounded ones.
+    assert curve(cached) == pytest.approx(curve(live), rel=2.0**-7)

@@ -22,8 +22,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from benchmarks.natural_images import write_images
 from benchmarks.results import Measurement, append_measurements, print_table
+from benchmarks.synthetic import write_images
 from common.hashing import file_sha256
 from shards.format import load_manifest
 from shards.pack import pack

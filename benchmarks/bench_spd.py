@@ -27,7 +27,7 @@ from torch import Tensor
 
 from benchmarks import cusolver
 from benchmarks.results import append_rows, commit, processor
-from benchmarks.synthetic_tokens import synthetic_tokens
+from benchmarks.synthetic import synthetic_tokens
 from kernels.spd import log_euclidean_loss, spd_logm, token_spd
 from kernels.spd.device import full_fp32, fused
 from kernels.spd.eigh import JACOBI_LIMIT, batched_eigh, plain_eigh_loss

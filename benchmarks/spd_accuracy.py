@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.bench_spd import CHANNELS
 from benchmarks.results import append_rows
-from benchmarks.synthetic_tokens import REGIMES, synthetic_tokens
+from benchmarks.synthetic import REGIMES, synthetic_tokens
 from kernels.spd import spd_logm, token_spd
 from kernels.spd.reference import reference_logm, reference_loss_and_gradient
 

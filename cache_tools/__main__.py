@@ -18,8 +18,15 @@ from cache_tools.fingerprint import cache_fingerprint
 from cache_tools.format import CacheSpec, read_attributes
 from cache_tools.options import Bench, Build, Calibrate, Inspect, Repair, Stats, Verify
 from cache_tools.read import TeacherCache
-from cache_tools.stats import describe_cache, describe_row, measure_reading, token_stats
-from cache_tools.verify import repair_cache, verify_against_teacher, verify_cache
+from cache_tools.verify import (
+    describe_cache,
+    describe_row,
+    measure_reading,
+    repair_cache,
+    token_stats,
+    verify_against_teacher,
+    verify_cache,
+)
 from common.device import pick_device
 from common.errors import run_command
 from pipeline.readers import in_batches

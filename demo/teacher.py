@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from demo.settings import PATCH_SIZE
+from demo import PATCH_SIZE
 from distill.export import Card, export_model
 from distill.models import create_vit
 from distill.optim import cosine_schedule

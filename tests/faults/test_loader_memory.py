@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.natural_images import write_images
+from benchmarks.synthetic import write_images
 from pipeline.augmentation import Augmentation
 from pipeline.loader import open_loader
 from shards.pack import pack

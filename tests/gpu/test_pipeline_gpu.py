@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.natural_images import write_images
+from benchmarks.synthetic import write_images
 from pipeline.augmentation import preset
 from pipeline.loader import open_loader
 from pipeline.readers import in_batches, read_center_crops, read_teacher_crops

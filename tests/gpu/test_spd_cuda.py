@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import cusolver
-from benchmarks.synthetic_tokens import REGIMES, synthetic_tokens
+from benchmarks.synthetic import REGIMES, synthetic_tokens
 from kernels.spd import log_euclidean_loss, reduce_tokens, spd_logm, token_spd
 from kernels.spd.device import MIN_CAPABILITY, fused
 from kernels.spd.eigh import JACOBI_LIMIT

@@ -8,8 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from demo import CROPS, STUDENT_FLAGS, crop_flags
 from demo.images import compose_images
-from demo.settings import CROPS, STUDENT_FLAGS, crop_flags
 from distill.runtime import parse_config
 from shards.format import load_manifest
 

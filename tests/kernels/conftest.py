@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from benchmarks.synthetic_tokens import synthetic_tokens
+from benchmarks.synthetic import synthetic_tokens
 from kernels.spd import token_spd
 from kernels.spd.poles import rational_log
 from kernels.spd.reference import reference_logm, reference_loss_and_gradient

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import cusolver
-from benchmarks.synthetic_tokens import synthetic_tokens
+from benchmarks.synthetic import synthetic_tokens
 
 KINDS = {0: np.float32, 1: np.float64}
 

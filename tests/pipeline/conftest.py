@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks.natural_images import natural_image, write_images
+from benchmarks.synthetic import natural_image, write_images
 from pipeline.augmentation import Augmentation
 from pipeline.backend import open_backend
 from pipeline.crops import BackendOptions, CropRequest

@@ -23,8 +23,7 @@ from cache_tools.verify import repair_cache, verify_against_teacher, verify_cach
 from common.command import run_command
 from common.device import pick_device
 from pipeline.readers import in_batches
-from shards.format import load_manifest
-from shards.index import load_index
+from shards.format import load_index, load_manifest
 
 Command = (
     Annotated[Build, tyro.conf.subcommand("build")]

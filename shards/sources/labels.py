@@ -6,7 +6,6 @@ import csv
 import io
 import json
 import tarfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +28,26 @@ class LabelList:
 
     label_of: dict[str, int]
     class_names: tuple[str, ...]
+
+    def name_and_label(self, name: str, where: Path) -> tuple[str, int]:
+        """Return the name that an image would have in class folders, and its label.
+
+        Raises:
+            UserError: the list has no entry for the file.
+        """
+        base = name.rpartition("/")[2]
+        if base not in self.label_of:
+            raise UserError(
+                f"{where}: {base} has no entry in the list of labels ({len(self.label_of)} entries). "
+                "Pass the list that belongs to these images, or `--labels none` to pack without labels."
+            )
+        label = self.label_of[base]
+        return f"{self.class_names[label]}/{base}", label
+
+
+def labels_in_words(labels: LabelList | None) -> str:
+    """Say where labels come from."""
+    return f"{len(labels.label_of)} labels from a list" if labels else "unlabelled (label -1)"
 
 
 def load_labels(path: Path, classes: tuple[str, ...] | None) -> LabelList:
@@ -92,8 +111,7 @@ def _from_devkit_tar(path: Path, classes: tuple[str, ...] | None) -> LabelList:
         with tarfile.open(path, "r:gz" if path.name.endswith("gz") else "r:") as archive:
             for member in archive:
                 base = member.name.rpartition("/")[2]
-                content = archive.extractfile(member) if base in (_GROUND_TRUTH, _META) else None
-                if content is not None:
+                if base in (_GROUND_TRUTH, _META) and (content := archive.extractfile(member)) is not None:
                     found[base] = content.read()
     except (tarfile.TarError, OSError, EOFError) as error:
         raise UserError(f"{path}: cannot be read as a tar ({error}). Download the devkit again.") from error
@@ -107,13 +125,13 @@ def _from_devkit(truth: str, meta: bytes, where: Path, classes: tuple[str, ...] 
     """Map the devkit's own ids, line i for validation image i, to wnids by the order in meta.mat."""
     wnid_of = _wnids_of_devkit(meta, where)
     named: dict[str, str] = {}
-    for number, line in enumerate(truth.split(), 1):
-        if int(line) not in wnid_of:
+    for number, class_id in enumerate(truth.split(), 1):
+        if int(class_id) not in wnid_of:
             raise UserError(
-                f"{where}: line {number} of the ground truth is class id {line}, {_META} has no such leaf class "
+                f"{where}: line {number} of the ground truth is class id {class_id}, {_META} has no such leaf class "
                 f"among {len(wnid_of)}. The two files do not belong together: take both from one devkit."
             )
-        named[_VAL_IMAGE.format(number)] = wnid_of[int(line)]
+        named[_VAL_IMAGE.format(number)] = wnid_of[int(class_id)]
     return _named(named, where, classes or tuple(sorted(wnid_of.values())))
 
 
@@ -128,11 +146,8 @@ def _wnids_of_devkit(meta: bytes, where: Path) -> dict[int, str]:
         ) from error
     try:
         synsets = loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
-        return {
-            int(synset["ILSVRC2012_ID"]): str(synset["WNID"])
-            for synset in synsets
-            if int(synset["num_children"]) == 0
-        }
+        leaves = [synset for synset in synsets if int(synset["num_children"]) == 0]
+        return {int(synset["ILSVRC2012_ID"]): str(synset["WNID"]) for synset in leaves}
     except (MatReadError, ValueError, KeyError, TypeError, IndexError, OSError) as error:
         raise UserError(
             f"{where}: {_META} cannot be read ({error}). Take it from ILSVRC2012_devkit_t12.tar.gz again."
@@ -149,19 +164,17 @@ def _kaggle_rows(path: Path) -> dict[str, str]:
 
 def _named(named: dict[str, str], where: Path, classes: tuple[str, ...] | None) -> LabelList:
     """Turn class names, or numbers where all are numbers, into labels."""
-    found = set(named.values())
-    label: Callable[[str], int]
+    found = sorted(set(named.values()))
     if all(name.isdigit() for name in found):
-        label = int
-        names = classes or tuple(str(number) for number in range(max(map(int, found)) + 1))
-        missing = [name for name in found if int(name) >= len(names)]
+        label_of = {name: int(name) for name in found}
+        names = classes or tuple(str(number) for number in range(max(label_of.values(), default=-1) + 1))
     else:
-        names = classes or tuple(sorted(found))
-        label = {name: number for number, name in enumerate(names)}.__getitem__
-        missing = sorted(found - set(names))
+        names = classes or tuple(found)
+        label_of = {name: label for label, name in enumerate(names)}
+    missing = [name for name in found if label_of.get(name, len(names)) >= len(names)]
     if missing:
         raise UserError(
             f"{where}: class {missing[0]!r} is not among the {len(names)} classes given. "
             "Give the class list that these labels belong to."
         )
-    return LabelList({file: label(name) for file, name in named.items()}, names)
+    return LabelList({file: label_of[name] for file, name in named.items()}, names)

@@ -138,11 +138,7 @@ def load_manifest(shards_dir: str | Path) -> Manifest:
 
 
 def check_files(shards_dir: Path, manifest: Manifest) -> None:
-    """Check that every file of the manifest is there with its size; contents are left to `verify`.
-
-    Raises:
-        UserError: a file is missing or has another size.
-    """
+    """Check that every listed file is there with its size, or UserError; contents are left to `verify`."""
     for entry in (*manifest.files, *manifest.shards):
         path = shards_dir / entry.name
         try:
@@ -155,8 +151,15 @@ def check_files(shards_dir: Path, manifest: Manifest) -> None:
 
 
 COLUMN_DTYPES: dict[str, npt.DTypeLike] = {
-    "shard": np.int32, "offset": np.int64, "size": np.int64, "height": np.int32, "width": np.int32,
-    "label": np.int32, "uid": np.uint64, "crc32c": np.uint32, "flags": np.uint32,
+    "shard": np.int32,
+    "offset": np.int64,
+    "size": np.int64,
+    "height": np.int32,
+    "width": np.int32,
+    "label": np.int32,
+    "uid": np.uint64,
+    "crc32c": np.uint32,
+    "flags": np.uint32,
 }
 
 
@@ -194,11 +197,7 @@ def load_index(shards_dir: str | Path) -> ShardIndex:
 
 
 def read_index(folder: Path, manifest: Manifest) -> ShardIndex:
-    """Read the index and check its hash, columns and row counts against the manifest, the tars aside.
-
-    Raises:
-        UserError: the index does not match the manifest.
-    """
+    """Read the index; UserError where hash or row counts are not the manifest's. The tars are not looked at."""
     path = folder / INDEX_NAME
     content = path.read_bytes()
     listed = next(entry.sha256 for entry in manifest.files if entry.name == INDEX_NAME)

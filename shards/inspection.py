@@ -22,11 +22,7 @@ _CELL, _CAPTION = 160, 14  # pixels
 
 
 def find_row(folder: ShardFolder, wanted: str) -> int:
-    """Return the row of a number, an original relative name or a key.
-
-    Raises:
-        UserError: there is no such row.
-    """
+    """Return the row of a number, an original relative name or a key; UserError where there is none."""
     if wanted.isdecimal() and str(int(wanted)) == wanted:  # "0012" can only be a key or a name
         if int(wanted) < len(folder):
             return int(wanted)

@@ -103,9 +103,7 @@ def write_listing(folder: Path, items: Iterable[SourceItem], seed: int, where: s
 
     The order sorts rows by blake2b-8 of the name, keyed by the seed: a uniform shuffle that depends on the
     names and the seed alone, not on the platform, the numpy version or the order of listing.
-
-    Raises:
-        UserError: there is no image at all.
+    UserError where there is no image at all.
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)

@@ -25,8 +25,11 @@ REENCODE_QUALITY = 95
 SOI, EOI = b"\xff\xd8", b"\xff\xd9"
 BASELINE, PROGRESSIVE = 0xC0, 0xC2
 _OTHER_PROCESSES = {
-    0xC1: "extended sequential", 0xC3: "lossless",
-    0xC9: "arithmetic-coded", 0xCA: "arithmetic-coded progressive", 0xCB: "arithmetic-coded lossless",
+    0xC1: "extended sequential",
+    0xC3: "lossless",
+    0xC9: "arithmetic-coded",
+    0xCA: "arithmetic-coded progressive",
+    0xCB: "arithmetic-coded lossless",
 }
 _STANDALONE = {0x00, 0x01, *range(0xD0, 0xD8)}  # markers without a length
 _FRAMES = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # DHT, JPG, DAC lie in their range
@@ -141,13 +144,10 @@ def _reason_to_reencode(header: JpegHeader, factor: int) -> str:
 
 
 def _strict_decode(data: bytes, header: JpegHeader) -> None:
-    """Decode every coefficient; a warning counts as an error.
+    """Decode every coefficient; ValueError with the decoder's message where it failed or warned.
 
     All of libjpeg's warnings come from markers and entropy decoding, none from the transform or the colour
     conversion; so the check decodes at 1/8 scale, where those cost next to nothing.
-
-    Raises:
-        ValueError: the decoder warned or failed; the message is its own.
     """
     simplejpeg.decode_jpeg_header(data, strict=True)
     if len(header.component_ids) == 4:
@@ -275,11 +275,7 @@ class JpegHeader:
 
 
 def _parse_header(data: bytes) -> JpegHeader:
-    """Read the markers up to the first scan.
-
-    Raises:
-        ImageRejected: they are not well formed, or the samples are not of 8 bits.
-    """
+    """Read the markers up to the first scan; ImageRejected where they are not well formed or say other than 8 bits."""
     frame: tuple[int, int, int, int, tuple[int, ...]] | None = None
     adobe_transform, jfif, orientation = None, False, 1
     try:
@@ -308,8 +304,7 @@ def _parse_header(data: bytes) -> JpegHeader:
 def _segments(data: bytes) -> Iterator[tuple[int, bytes]]:
     """Yield marker and body of each segment up to the first scan's, as decoders find them: past stray bytes.
 
-    Raises:
-        ValueError: the bytes end, or a segment passes their end, before the first scan.
+    ValueError where the bytes end, or a segment passes their end, before the first scan.
     """
     position, marker = 2, 0
     while marker != _SOS:

@@ -59,8 +59,7 @@ class ShardRecord:
 def finish_shard(job: ShardJob) -> tuple[int, int]:
     """Keep the shard if it is finished and whole, otherwise pack it; return rows done and of these quarantined.
 
-    Raises:
-        UserError: the disk is full, or the source cannot be read or changed.
+    UserError where the disk is full, or the source changed or cannot be read.
     """
     record = read_record(job.records, job.number)
     if record is None or not _is_whole(job.output, record.entry):

@@ -125,11 +125,7 @@ def _end_with_parent() -> None:
 
 @contextmanager
 def only_packer(work: Path) -> Iterator[None]:
-    """Hold the folder of a packing in progress; wait for the workers of a killed packer to end.
-
-    Raises:
-        UserError: another packer holds it.
-    """
+    """Hold the folder of a packing in progress, or UserError; wait for the workers of a killed packer to end."""
     with file_lock(work / "lock", timeout=0) as held:
         if not held:
             raise UserError(

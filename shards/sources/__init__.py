@@ -28,11 +28,7 @@ class SourceOptions:
 
 
 def recognise(path: Path, options: SourceOptions) -> Source:
-    """Return the source at a path, told apart by what lies there.
-
-    Raises:
-        UserError: it is no source, or one that needs an option.
-    """
+    """Return the source at a path, told apart by what lies there; UserError if it is none, or needs an option."""
     if path.is_file():
         return _recognise_file(path, options)
     if not path.is_dir():

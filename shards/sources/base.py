@@ -83,11 +83,7 @@ def pass_over(ignored: Counter[str], name: str) -> None:
 
 
 def class_labels(found: Collection[str], classes: tuple[str, ...] | None, where: Path | str) -> dict[str, int]:
-    """Return the label of each class, in label order: sorted, or as `classes` gives them, which must hold all found.
-
-    Raises:
-        UserError: a class was found that `classes` lacks.
-    """
+    """Return the label of each class, in label order: sorted, or as `classes` gives them; UserError if it lacks one."""
     names = sorted(set(found)) if classes is None else classes
     missing = sorted(set(found).difference(names))
     if missing:
@@ -111,12 +107,7 @@ class ImageReader:
         self._descriptors: dict[int, int] = {}
 
     def read(self, item: SourceItem) -> bytes:
-        """Return the bytes of an item.
-
-        Raises:
-            SourceUnreadable: the file cannot be opened or read.
-            UserError: the file's size or mtime is not what the listing saw.
-        """
+        """Return the bytes of an item; SourceUnreadable, or UserError where it is not what the listing saw."""
         container = self._containers[item.container]
         path, mtime_ns = Path(container.path, item.path if container.is_folder else ""), item.mtime_ns
         try:
@@ -136,11 +127,7 @@ class ImageReader:
         return data
 
     def check_unchanged(self) -> None:
-        """Check that the tars read from still have the size and mtime that the listing saw.
-
-        Raises:
-            UserError: one of them changed.
-        """
+        """Check that the tars read from still have the size and mtime that the listing saw; else UserError."""
         for container in (self._containers[number] for number in self._descriptors):
             status = Path(container.path).stat()
             if (status.st_size, status.st_mtime_ns) != (container.size, container.mtime_ns):

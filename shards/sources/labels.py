@@ -30,11 +30,7 @@ class LabelList:
     class_names: tuple[str, ...]
 
     def name_and_label(self, name: str, where: Path) -> tuple[str, int]:
-        """Return the name that an image would have in class folders, and its label.
-
-        Raises:
-            UserError: the list has no entry for the file.
-        """
+        """Return the name that an image would have in class folders, and its label; UserError if not listed."""
         base = name.rpartition("/")[2]
         if base not in self.label_of:
             raise UserError(

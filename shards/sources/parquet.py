@@ -22,11 +22,7 @@ _BATCH_ROWS = 64
 
 
 def find_parquet(root: Path, split: str | None) -> list[Path]:
-    """Return the parquet files of a split in a folder or its `data/`; empty where there are none.
-
-    Raises:
-        UserError: several splits lie there and none was chosen, or the chosen one is not there.
-    """
+    """Return the parquet files of a split, here or in `data/`; UserError where it is not there, or one of several."""
     found = sorted(root.glob("*.parquet")) or sorted(root.glob("data/*.parquet"))
     files = [file for file in found if not file.name.startswith(".")]
     splits: dict[str, list[Path]] = {}

@@ -20,8 +20,7 @@ _CUT = "The download or copy is incomplete or damaged: compare its checksum and 
 def first_member(path: Path) -> list[str]:
     """Return the name of a tar's first image or inner tar in parts, without a leading folder that names a split.
 
-    Raises:
-        UserError: the file is compressed, no tar, or holds neither.
+    UserError where the file is compressed, no tar, or holds neither.
     """
     with path.open("rb") as file:
         begin = file.read(2)
@@ -108,10 +107,7 @@ def flat_tar(path: Path, labels: LabelList | None) -> Source:
 
 
 def _one_tar(
-    path: Path,
-    kind: str,
-    class_names: tuple[str, ...],
-    name_and_label: Callable[[list[str]], tuple[str, int] | None],
+    path: Path, kind: str, class_names: tuple[str, ...], name_and_label: Callable[[list[str]], tuple[str, int] | None]
 ) -> Source:
     def listing(ignored: Counter[str]) -> Iterator[SourceItem]:
         for member in _walk(path):
@@ -133,8 +129,7 @@ class _Member(NamedTuple):
 def _walk(path: Path, start: int = 0, end: int | None = None) -> Iterator[_Member]:
     """Yield the regular files of the tar that lies in bytes [start, end) of a file, reading headers alone.
 
-    Raises:
-        UserError: a header is damaged, a member passes the end, or the end-of-archive mark is missing.
+    UserError where a header is damaged, a member passes the end, or the end-of-archive mark is missing.
     """
 
     def damaged(what: str) -> UserError:

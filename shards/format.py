@@ -10,9 +10,9 @@ import re
 import tarfile
 import zipfile
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, get_args, get_type_hints
 
 import numpy as np
 import numpy.typing as npt
@@ -150,19 +150,6 @@ def check_files(shards_dir: Path, manifest: Manifest) -> None:
             raise UserError(f"{path}: {size} bytes, the manifest says {entry.bytes}. {_REBUILD}")
 
 
-COLUMN_DTYPES: dict[str, npt.DTypeLike] = {
-    "shard": np.int32,
-    "offset": np.int64,
-    "size": np.int64,
-    "height": np.int32,
-    "width": np.int32,
-    "label": np.int32,
-    "uid": np.uint64,
-    "crc32c": np.uint32,
-    "flags": np.uint32,
-}
-
-
 @dataclass(frozen=True)
 class ShardIndex:
     """One entry a row, in row order; every column is [N]."""
@@ -182,7 +169,8 @@ class ShardIndex:
         return len(self.shard)
 
 
-assert [field.name for field in fields(ShardIndex)] == list(COLUMN_DTYPES)
+# np.int32 of npt.NDArray[np.int32], which is np.ndarray[..., np.dtype[np.int32]].
+COLUMN_DTYPES = {name: get_args(get_args(array)[1])[0] for name, array in get_type_hints(ShardIndex).items()}
 
 
 def load_index(shards_dir: str | Path) -> ShardIndex:

@@ -163,7 +163,11 @@ class _Run:
         folder, request_path = self.work / _LISTING_FOLDER, self.work / _REQUEST_FILE
         listing, request = self._write_listing(), self._request()
         if request_path.exists():
-            self._compare_requests(json.loads(request_path.read_bytes()), request)
+            if other := _difference(json.loads(request_path.read_bytes()), request):
+                raise UserError(
+                    f"{self.output}: packing was begun with {other[0]} = {other[1]}, now it is {other[2]}. "
+                    "Give the same arguments, or delete the folder to begin anew."
+                )
             difference = listing.first_difference(Listing(folder))
             if difference is not None:
                 raise UserError(
@@ -193,14 +197,6 @@ class _Run:
             **policy_fields(keep_warned=self.settings.keep_warned),
         }
 
-    def _compare_requests(self, before: dict[str, Any], now: dict[str, Any]) -> None:
-        for name in sorted(before.keys() | now.keys()):
-            if before.get(name) != now.get(name):
-                raise UserError(
-                    f"{self.output}: packing was begun with {name} = {_short(before.get(name))}, now it is "
-                    f"{_short(now.get(name))}. Give the same arguments, or delete the folder to begin anew."
-                )
-
     def _check_published(self) -> Manifest:
         """Check that the finished folder is what this call would make, as far as its manifest tells."""
         manifest = load_manifest(self.output)
@@ -216,13 +212,11 @@ class _Run:
             wanted["content"] = self._write_listing().content_hash()
         else:  # staging again would cost as much as packing: the settings must do
             del wanted["class_names"]
-        differing = [name for name in wanted if wanted[name] != held.get(name)]
-        if differing:
+        if other := _difference(held, wanted):
             shutil.rmtree(self.work)
             raise UserError(
-                f"{self.output}: already holds other shards ({manifest.num_rows} rows; {differing[0]} is "
-                f"{_short(held.get(differing[0]))}, this call has {_short(wanted[differing[0]])}). "
-                "Choose another folder, or delete this one."
+                f"{self.output}: already holds other shards ({manifest.num_rows} rows; {other[0]} is {other[1]}, this "
+                f"call has {other[2]}). Choose another folder, or delete this one."
             )
         check_files(self.output, manifest)
         return manifest
@@ -298,6 +292,14 @@ class _Run:
         )
         write_atomic(self.output / MANIFEST_NAME, manifest.to_json())
         return manifest
+
+
+def _difference(before: dict[str, Any], now: dict[str, Any]) -> tuple[str, str, str] | None:
+    """Return the name of the first value that is not the one before, with both in short; None where all are."""
+    for name, value in now.items():
+        if before.get(name) != value:
+            return name, _short(before.get(name)), _short(value)
+    return None
 
 
 def _short(value: object) -> str:

@@ -9,7 +9,7 @@ from common.errors import UserError
 from shards.format import MANIFEST_NAME
 from shards.sources.base import Source, is_image_name
 from shards.sources.folders import class_folders, flat_folder, has_images_in_folders
-from shards.sources.labels import FILES_BESIDE, LabelList, load_labels
+from shards.sources.labels import FILES_BESIDE, UNLABELLED, LabelList, load_labels
 from shards.sources.parquet import find_parquet, parquet_source
 from shards.sources.tars import class_tar_files, first_member, flat_tar, tar_of_class_folders, tar_of_class_tars
 
@@ -64,13 +64,13 @@ def _recognise_file(path: Path, options: SourceOptions) -> Source:
     return flat_tar(path, _labels_for(name, path, options))
 
 
-def _labels_for(first_image: str, path: Path, options: SourceOptions) -> LabelList | None:
+def _labels_for(first_image: str, path: Path, options: SourceOptions) -> LabelList:
     if options.labels == "none":
-        return None
+        return UNLABELLED
     if options.labels is not None:
         return load_labels(Path(options.labels), options.classes)
     if not first_image.startswith("ILSVRC2012_val_"):
-        return None
+        return UNLABELLED
     for folder in (path, path.parent) if path.is_dir() else (path.parent,):
         for name in FILES_BESIDE:
             if (folder / name).exists():

@@ -48,7 +48,7 @@ class Source:
     kind: str  # what it was taken for, in words
     class_names: tuple[str, ...]  # in label order; empty for unlabelled images
     containers: tuple[Container, ...]  # where the bytes lie
-    listing: Callable[[Counter[str]], Iterator[SourceItem]]  # counts what it passes over, see `pass_over`
+    listing: Callable[[Counter[str]], Iterator[SourceItem]]  # counts what it passes over
     # For a source whose images cannot be read one by one: writes them into a folder, with a bar if asked, and returns
     # the source that can.
     stage: Callable[[Path, bool], Source] | None = None
@@ -76,10 +76,37 @@ def is_image_name(name: str) -> bool:
     return stem != "" and not base.startswith(".") and dot + suffix.lower() in IMAGE_SUFFIXES
 
 
-def pass_over(ignored: Counter[str], name: str) -> None:
-    """Count a file that is no image under its suffix, or among the hidden ones."""
-    base = name.rpartition("/")[2]
-    ignored["hidden files" if base.startswith(".") else f"*{Path(base).suffix or base}"] += 1
+def images(
+    files: Callable[[], Iterator[SourceItem]], name_and_label: Callable[[str], tuple[str, int] | None]
+) -> Callable[[Counter[str]], Iterator[SourceItem]]:
+    """Make the listing of a source whose files include others than images.
+
+    Args:
+        files: starts to stream all files, under their names in the source.
+        name_and_label: name and label of an image by its name in the source; None passes it over.
+    """
+
+    def listing(ignored: Counter[str]) -> Iterator[SourceItem]:
+        for item in files():
+            base = item.name.rpartition("/")[2]
+            if not is_image_name(base):
+                ignored["hidden files" if base.startswith(".") else f"*{Path(base).suffix or base}"] += 1
+            elif (found := name_and_label(item.name)) is None:
+                ignored["images beside the class folders"] += 1
+            else:
+                yield item._replace(name=found[0], label=found[1])
+
+    return listing
+
+
+def by_folder(label_of: dict[str, int]) -> Callable[[str], tuple[str, int] | None]:
+    """Name and label images by the first folder of their names."""
+
+    def name_and_label(name: str) -> tuple[str, int] | None:
+        folder, slash, _ = name.partition("/")
+        return (name, label_of[folder]) if slash else None
+
+    return name_and_label
 
 
 def class_labels(found: Collection[str], classes: tuple[str, ...] | None, where: Path | str) -> dict[str, int]:

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 from common.errors import UserError
 from shards.format import UNKNOWN_LABEL
-from shards.sources.base import SPLIT_NAMES, Container, Source, SourceItem, class_labels, is_image_name, pass_over
-from shards.sources.labels import LabelList, labels_in_words
+from shards.sources.base import (
+    SPLIT_NAMES,
+    Container,
+    Source,
+    SourceItem,
+    by_folder,
+    class_labels,
+    images,
+    is_image_name,
+)
+from shards.sources.labels import LabelList
 
 
 def class_folders(root: Path, classes: tuple[str, ...] | None) -> Source:
@@ -23,33 +31,18 @@ def class_folders(root: Path, classes: tuple[str, ...] | None) -> Source:
             f"Pack each one for itself: {root / splits[0]}."
         )
     label_of = class_labels(found, classes, root)
-
-    def listing(ignored: Counter[str]) -> Iterator[SourceItem]:
-        for entry in sorted(os.scandir(root), key=lambda entry: entry.name):
-            if entry.is_dir() and not entry.name.startswith("."):
-                yield from _walk(entry.path, entry.name + "/", label_of[entry.name], ignored)
-            elif is_image_name(entry.name):
-                ignored["images beside the class folders"] += 1
-            else:
-                pass_over(ignored, entry.name)
-
     kind = f"class folders ({len(label_of)} classes)"
-    return Source(kind, tuple(label_of), (Container(str(root.resolve()), 0, 0),), listing)
+    return Source(kind, tuple(label_of), (_container(root),), images(lambda: _walk(root), by_folder(label_of)))
 
 
-def flat_folder(root: Path, labels: LabelList | None) -> Source:
-    """Take the images below `root`, labelled by file name, or unlabelled where `labels` is None."""
+def flat_folder(root: Path, labels: LabelList) -> Source:
+    """Take the images below `root`, labelled by file name."""
+    listing = images(lambda: _walk(root), lambda name: labels.name_and_label(name, root))
+    return Source(f"a folder of images, {labels}", labels.class_names, (_container(root),), listing)
 
-    def listing(ignored: Counter[str]) -> Iterator[SourceItem]:
-        for item in _walk(str(root), "", UNKNOWN_LABEL, ignored):
-            if labels is None:
-                yield item
-            else:
-                name, label = labels.name_and_label(item.name, root)
-                yield item._replace(name=name, label=label)
 
-    kind = f"a folder of images, {labels_in_words(labels)}"
-    return Source(kind, labels.class_names if labels else (), (Container(str(root.resolve()), 0, 0),), listing)
+def _container(root: Path) -> Container:
+    return Container(str(root.resolve()), 0, 0)
 
 
 def has_images_in_folders(root: Path) -> bool:
@@ -62,20 +55,17 @@ def _folders(root: Path) -> list[os.DirEntry[str]]:
     return [entry for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith(".")]
 
 
-def _walk(folder: str, prefix: str, label: int, ignored: Counter[str], depth: int = 0) -> Iterator[SourceItem]:
-    if depth > 32:
+def _walk(folder: Path | str, prefix: str = "", depth: int = 0) -> Iterator[SourceItem]:
+    if depth > 33:
         raise UserError(f"{folder}: folders nested deeper than 32. A link that leads back? Remove it.")
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         name = prefix + entry.name
-        if entry.is_dir():
-            if not entry.name.startswith("."):
-                yield from _walk(entry.path, name + "/", label, ignored, depth + 1)
-        elif is_image_name(entry.name):
+        if not entry.is_dir():
             try:
                 status = entry.stat()
                 size, mtime = status.st_size, status.st_mtime_ns
             except OSError:  # a dangling link: the packer meets it again, and says so
                 size, mtime = 0, 0
-            yield SourceItem(name, name, 0, 0, size, mtime, label)
-        else:
-            pass_over(ignored, entry.name)
+            yield SourceItem(name, name, 0, 0, size, mtime, UNKNOWN_LABEL)
+        elif not entry.name.startswith("."):
+            yield from _walk(entry.path, name + "/", depth + 1)

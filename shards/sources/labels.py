@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import UserError
+from shards.format import UNKNOWN_LABEL
 
 _GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 _META = "meta.mat"
@@ -26,24 +27,28 @@ FILES_BESIDE = ("ILSVRC2012_devkit_t12.tar.gz", "ILSVRC2012_devkit_t12", "LOC_va
 class LabelList:
     """The label of each file name and the classes in label order."""
 
-    label_of: dict[str, int]
+    label_of: dict[str, int] | None  # None, and no classes: all images stay unlabelled
     class_names: tuple[str, ...]
 
+    def __str__(self) -> str:
+        """Say where labels come from."""
+        return "unlabelled (label -1)" if self.label_of is None else f"{len(self.label_of)} labels from a list"
+
     def name_and_label(self, name: str, where: Path) -> tuple[str, int]:
-        """Return the name that an image would have in class folders, and its label; UserError if not listed."""
+        """Return the name that an image would have in class folders, and its label; UserError if it is not listed."""
+        if self.label_of is None:
+            return name, UNKNOWN_LABEL
         base = name.rpartition("/")[2]
-        if base not in self.label_of:
+        label = self.label_of.get(base)
+        if label is None:
             raise UserError(
                 f"{where}: {base} has no entry in the list of labels ({len(self.label_of)} entries). "
                 "Pass the list that belongs to these images, or `--labels none` to pack without labels."
             )
-        label = self.label_of[base]
         return f"{self.class_names[label]}/{base}", label
 
 
-def labels_in_words(labels: LabelList | None) -> str:
-    """Say where labels come from."""
-    return f"{len(labels.label_of)} labels from a list" if labels else "unlabelled (label -1)"
+UNLABELLED = LabelList(None, ())
 
 
 def load_labels(path: Path, classes: tuple[str, ...] | None) -> LabelList:

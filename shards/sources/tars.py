@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import tarfile
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from common.errors import UserError
 from shards.format import BLOCK, UNKNOWN_LABEL
-from shards.sources.base import SPLIT_NAMES, Source, SourceItem, class_labels, file_container, is_image_name, pass_over
-from shards.sources.labels import LabelList, labels_in_words
+from shards.sources.base import (
+    SPLIT_NAMES,
+    Source,
+    SourceItem,
+    by_folder,
+    class_labels,
+    file_container,
+    images,
+    is_image_name,
+)
+from shards.sources.labels import LabelList
 
 _COMPRESSED = {b"PK": "zip", b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd"}
 _CUT = "The download or copy is incomplete or damaged: compare its checksum and get it again."
@@ -38,7 +46,7 @@ def first_member(path: Path) -> list[str]:
 def tar_of_class_tars(path: Path, classes: tuple[str, ...] | None) -> Source:
     """Take a tar of tars, one a class, such as ILSVRC2012_img_train.tar."""
     inner = [member for member in _walk(path) if _is_tar_name(member.name)]
-    tars = [_ClassTar(_stem(member.name), 0, member.offset, member.offset + member.size) for member in inner]
+    tars = [_ClassTar(Path(member.name).stem, 0, member.offset, member.offset + member.size) for member in inner]
     return _class_tars(f"a tar of {len(tars)} class tars", [path], tars, classes, path)
 
 
@@ -60,64 +68,48 @@ def _class_tars(
 ) -> Source:
     label_of = class_labels([tar.class_name for tar in tars], classes, where)
 
-    def listing(ignored: Counter[str]) -> Iterator[SourceItem]:
+    def files() -> Iterator[SourceItem]:
         for class_name, container, start, end in tars:
             for member in _walk(paths[container], start, end):
-                base = member.name.rpartition("/")[2]
-                if is_image_name(base):
-                    name, label = f"{class_name}/{base}", label_of[class_name]
-                    yield SourceItem(name, "", container, member.offset, member.size, 0, label)
-                else:
-                    pass_over(ignored, base)
+                yield _item(f"{class_name}/{member.name.rpartition('/')[2]}", member, container)
 
-    return Source(kind, tuple(label_of), tuple(file_container(path) for path in paths), listing)
+    containers = tuple(file_container(path) for path in paths)
+    return Source(kind, tuple(label_of), containers, images(files, by_folder(label_of)))
 
 
 def tar_of_class_folders(path: Path, classes: tuple[str, ...] | None) -> Source:
     """Take a tar whose members lie in class folders, below a folder named after a split or not."""
-    classes_found: set[str] = set()
+    found: set[str] = set()
     splits: set[str] = set()
     for member in _walk(path):
         if is_image_name(member.name):
             split, parts = _split_and_parts(member.name)
-            classes_found.update(parts[:1] if len(parts) > 1 else ())
+            found.update(parts[:1] if len(parts) > 1 else ())
             splits.add(split)
     if len(splits) > 1:
         raise UserError(
             f"{path}: holds images of the folders {', '.join(sorted(splits))}, which are splits, not classes. "
             "Unpack it and pack each one for itself."
         )
-    label_of = class_labels(classes_found, classes, path)
-
-    def name_and_label(parts: list[str]) -> tuple[str, int] | None:
-        return ("/".join(parts), label_of[parts[0]]) if len(parts) > 1 else None
-
-    return _one_tar(path, f"a tar of class folders ({len(label_of)} classes)", tuple(label_of), name_and_label)
+    label_of = class_labels(found, classes, path)
+    kind = f"a tar of class folders ({len(label_of)} classes)"
+    listing = images(lambda: _files(path), by_folder(label_of))
+    return Source(kind, tuple(label_of), (file_container(path),), listing)
 
 
-def flat_tar(path: Path, labels: LabelList | None) -> Source:
-    """Take a tar of images, labelled by file name as in ILSVRC2012_img_val.tar, or unlabelled."""
-
-    def name_and_label(parts: list[str]) -> tuple[str, int]:
-        name = "/".join(parts)
-        return labels.name_and_label(name, path) if labels else (name, UNKNOWN_LABEL)
-
-    kind = f"a tar of images, {labels_in_words(labels)}"
-    return _one_tar(path, kind, labels.class_names if labels else (), name_and_label)
+def flat_tar(path: Path, labels: LabelList) -> Source:
+    """Take a tar of images, labelled by file name as in ILSVRC2012_img_val.tar."""
+    listing = images(lambda: _files(path), lambda name: labels.name_and_label(name, path))
+    return Source(f"a tar of images, {labels}", labels.class_names, (file_container(path),), listing)
 
 
-def _one_tar(
-    path: Path, kind: str, class_names: tuple[str, ...], name_and_label: Callable[[list[str]], tuple[str, int] | None]
-) -> Source:
-    def listing(ignored: Counter[str]) -> Iterator[SourceItem]:
-        for member in _walk(path):
-            found = name_and_label(_split_and_parts(member.name)[1]) if is_image_name(member.name) else None
-            if found is None:
-                pass_over(ignored, member.name)
-            else:
-                yield SourceItem(found[0], "", 0, member.offset, member.size, 0, found[1])
+def _files(path: Path) -> Iterator[SourceItem]:
+    for member in _walk(path):
+        yield _item("/".join(_split_and_parts(member.name)[1]), member, 0)
 
-    return Source(kind, class_names, (file_container(path),), listing)
+
+def _item(name: str, member: _Member, container: int) -> SourceItem:
+    return SourceItem(name, "", container, member.offset, member.size, 0, UNKNOWN_LABEL)
 
 
 class _Member(NamedTuple):
@@ -167,7 +159,3 @@ def _split_and_parts(name: str) -> tuple[str, list[str]]:
 def _is_tar_name(name: str) -> bool:
     base = name.rpartition("/")[2]
     return base.endswith(".tar") and not base.startswith(".")
-
-
-def _stem(name: str) -> str:
-    return name.rpartition("/")[2].removesuffix(".tar")

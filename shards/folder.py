@@ -37,7 +37,6 @@ class ShardFolder:
         self._checked = np.zeros(len(self.index), bool)
 
     def __len__(self) -> int:
-        """Return the number of rows."""
         return len(self.index)
 
     def __enter__(self) -> ShardFolder:

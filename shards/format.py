@@ -165,7 +165,6 @@ class ShardIndex:
     flags: npt.NDArray[np.uint32]  # `RowFlag`
 
     def __len__(self) -> int:
-        """Return the number of rows."""
         return len(self.shard)
 
 
@@ -280,8 +279,3 @@ def add_sample(tar: tarfile.TarFile, key: str, *, cls: bytes, jpg: bytes, json: 
 def sample_json(name: str, class_name: str, height: int, width: int) -> bytes:
     """Return the bytes of a sample's `.json`; `class_name` is empty where unknown."""
     return canonical_json({"name": name, "wnid": class_name, "width": width, "height": height})
-
-
-def label_text(label: int) -> bytes:
-    """Return the bytes of a sample's `.cls`."""
-    return str(label).encode()

@@ -51,7 +51,6 @@ class Listing:
         self.order: npt.NDArray[np.int64] = np.load(folder / _ORDER_FILE, mmap_mode="r")
 
     def __len__(self) -> int:
-        """Return the number of images."""
         return len(self._rows)
 
     @property

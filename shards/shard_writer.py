@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from common.atomic import open_atomic, write_atomic
 from common.hashing import canonical_json, file_sha256
-from shards.format import COLUMN_DTYPES, RowFlag, ShardEntry, add_sample, label_text, name_uid, open_tar, sample_json
+from shards.format import COLUMN_DTYPES, RowFlag, ShardEntry, add_sample, name_uid, open_tar, sample_json
 from shards.sanitize import MAX_FILE_BYTES, ImageRejected, ImageWarned, StoredImage, sanitise
 from shards.sources.base import Container, ImageReader, SourceItem, SourceUnreadable
 from shards.workers import check_stop
@@ -92,7 +92,7 @@ def _write_shard(job: ShardJob) -> ShardRecord:
                     continue
                 class_name = job.settings.class_names[item.label] if item.label >= 0 else ""
                 about = sample_json(item.name, class_name, stored.height, stored.width)
-                offset = add_sample(tar, key, cls=label_text(item.label), jpg=stored.jpeg, json=about)
+                offset = add_sample(tar, key, cls=b"%d" % item.label, jpg=stored.jpeg, json=about)
                 flags = stored.flags | (RowFlag.RENAMED if renamed else RowFlag(0))
                 uid, crc32c = name_uid(item.name), google_crc32c.value(stored.jpeg)
                 pixels = (stored.height, stored.width)

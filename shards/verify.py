@@ -25,7 +25,6 @@ from shards.format import (
     Manifest,
     ShardEntry,
     add_sample,
-    label_text,
     load_manifest,
     name_uid,
     open_tar,
@@ -49,7 +48,6 @@ class Fault:
     what: str
 
     def __str__(self) -> str:
-        """Return the fault in one line."""
         return f"{self.file}: " + ("" if self.row is None else f"row {self.row}: ") + self.what
 
 
@@ -192,7 +190,7 @@ def _look_for_damage(shard: _Shard, size: int) -> list[Fault]:
 def _sample_start(shard: _Shard, row: int) -> int:
     """Return where a sample begins: two headers and the label before its JPEG."""
     offset, label = shard.of_row(row, "offset", "label")
-    return offset - 2 * BLOCK - padded(len(label_text(label)))
+    return offset - 2 * BLOCK - padded(len(b"%d" % label))
 
 
 def _compare(tar: BinaryIO, start: int, following: int | None, shard: _Shard, row: int) -> tuple[str, int]:
@@ -213,7 +211,7 @@ def _compare(tar: BinaryIO, start: int, following: int | None, shard: _Shard, ro
     key = unique if sample.startswith(unique.encode() + b".") else plain_key(name)[0]
     about = sample_json(name, shard.class_names[label] if label >= 0 else "", *shard.of_row(row, "height", "width"))
     expected = io.BytesIO()
-    add_sample(open_tar(expected), key, cls=label_text(label), jpg=jpeg.ljust(size, b"\0"), json=about)
+    add_sample(open_tar(expected), key, cls=b"%d" % label, jpg=jpeg.ljust(size, b"\0"), json=about)
     wanted = expected.getvalue()
     end = start + len(wanted)
     if google_crc32c.value(jpeg) != crc32c:

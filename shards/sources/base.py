@@ -32,8 +32,8 @@ class Container:
     """A folder of images or a file that holds many; size and mtime are 0 for a folder."""
 
     path: str
-    size: int
-    mtime_ns: int
+    size: int = 0
+    mtime_ns: int = 0
 
     @property
     def is_folder(self) -> bool:
@@ -48,16 +48,28 @@ class Source:
     kind: str  # what it was taken for, in words
     class_names: tuple[str, ...]  # in label order; empty for unlabelled images
     containers: tuple[Container, ...]  # where the bytes lie
-    listing: Callable[[Counter[str]], Iterator[SourceItem]]  # counts what it passes over
+    files: Callable[[], Iterator[SourceItem]]  # starts to stream all that lies there
+    # Name and label of an image by its name among the files, None where it has none. Without it, files are images,
+    # named and labelled.
+    name_and_label: Callable[[str], tuple[str, int] | None] | None = None
     # For a source whose images cannot be read one by one: writes them into a folder, with a bar if asked, and returns
     # the source that can.
     stage: Callable[[Path, bool], Source] | None = None
     ignored: Counter[str] = field(default_factory=Counter)  # files passed over, by reason; filled while `items()` runs
 
     def items(self) -> Iterator[SourceItem]:
-        """Start a new listing."""
+        """Start a new listing of the images."""
         self.ignored.clear()
-        return self.listing(self.ignored)
+        for item in self.files():
+            base = item.name.rpartition("/")[2]
+            if self.name_and_label is None:
+                yield item
+            elif not is_image_name(base):
+                self.ignored["hidden files" if base.startswith(".") else f"*{Path(base).suffix or base}"] += 1
+            elif found := self.name_and_label(item.name):
+                yield item._replace(name=found[0], label=found[1])
+            else:
+                self.ignored["images beside the class folders"] += 1
 
 
 def file_container(path: Path) -> Container:
@@ -74,29 +86,6 @@ def is_image_name(name: str) -> bool:
     stem, dot, suffix = base.rpartition(".")
     # macOS lays `._a.jpg` beside `a.jpg`.
     return stem != "" and not base.startswith(".") and dot + suffix.lower() in IMAGE_SUFFIXES
-
-
-def images(
-    files: Callable[[], Iterator[SourceItem]], name_and_label: Callable[[str], tuple[str, int] | None]
-) -> Callable[[Counter[str]], Iterator[SourceItem]]:
-    """Make the listing of a source whose files include others than images.
-
-    Args:
-        files: starts to stream all files, under their names in the source.
-        name_and_label: name and label of an image by its name in the source; None passes it over.
-    """
-
-    def listing(ignored: Counter[str]) -> Iterator[SourceItem]:
-        for item in files():
-            base = item.name.rpartition("/")[2]
-            if not is_image_name(base):
-                ignored["hidden files" if base.startswith(".") else f"*{Path(base).suffix or base}"] += 1
-            elif (found := name_and_label(item.name)) is None:
-                ignored["images beside the class folders"] += 1
-            else:
-                yield item._replace(name=found[0], label=found[1])
-
-    return listing
 
 
 def by_folder(label_of: dict[str, int]) -> Callable[[str], tuple[str, int] | None]:
@@ -129,7 +118,6 @@ class ImageReader:
     """Reads items of a source; keeps each tar open. Notices that the source changed since it was listed."""
 
     def __init__(self, containers: Sequence[Container]) -> None:
-        """Open nothing yet."""
         self._containers = containers
         self._descriptors: dict[int, int] = {}
 
@@ -164,7 +152,6 @@ class ImageReader:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Close the tars."""
         while self._descriptors:
             os.close(self._descriptors.popitem()[1])
 

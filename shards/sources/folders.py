@@ -4,20 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from common.errors import UserError
 from shards.format import UNKNOWN_LABEL
-from shards.sources.base import (
-    SPLIT_NAMES,
-    Container,
-    Source,
-    SourceItem,
-    by_folder,
-    class_labels,
-    images,
-    is_image_name,
-)
+from shards.sources.base import SPLIT_NAMES, Container, Source, SourceItem, by_folder, class_labels, is_image_name
 from shards.sources.labels import LabelList
 
 
@@ -32,17 +24,19 @@ def class_folders(root: Path, classes: tuple[str, ...] | None) -> Source:
         )
     label_of = class_labels(found, classes, root)
     kind = f"class folders ({len(label_of)} classes)"
-    return Source(kind, tuple(label_of), (_container(root),), images(lambda: _walk(root), by_folder(label_of)))
+    return Source(kind, tuple(label_of), (Container(str(root.resolve())),), lambda: _walk(root), by_folder(label_of))
 
 
 def flat_folder(root: Path, labels: LabelList) -> Source:
     """Take the images below `root`, labelled by file name."""
-    listing = images(lambda: _walk(root), lambda name: labels.name_and_label(name, root))
-    return Source(f"a folder of images, {labels}", labels.class_names, (_container(root),), listing)
-
-
-def _container(root: Path) -> Container:
-    return Container(str(root.resolve()), 0, 0)
+    by_name = partial(labels.name_and_label, where=root)
+    return Source(
+        f"a folder of images, {labels}",
+        labels.class_names,
+        (Container(str(root.resolve())),),
+        lambda: _walk(root),
+        by_name,
+    )
 
 
 def has_images_in_folders(root: Path) -> bool:

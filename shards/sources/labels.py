@@ -31,7 +31,6 @@ class LabelList:
     class_names: tuple[str, ...]
 
     def __str__(self) -> str:
-        """Say where labels come from."""
         return "unlabelled (label -1)" if self.label_of is None else f"{len(self.label_of)} labels from a list"
 
     def name_and_label(self, name: str, where: Path) -> tuple[str, int]:

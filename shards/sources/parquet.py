@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -79,10 +78,10 @@ def parquet_source(
                 bar.update(container.size)
         return _staged(kind, folder, containers, given, classes)
 
-    return Source(kind, (), containers, _not_staged, stage)
+    return Source(kind, (), containers, _not_staged, stage=stage)
 
 
-def _not_staged(_: Counter[str]) -> Iterator[SourceItem]:
+def _not_staged() -> Iterator[SourceItem]:
     raise AssertionError("a parquet source is staged before it is listed")
 
 
@@ -96,7 +95,7 @@ def _staged(
     largest = max(max(_read_table(folder, number)[1], default=-1) for number in range(len(containers)))
     names, relabel = _final_classes(given, classes, largest, containers[0].path)
 
-    def listing(_: Counter[str]) -> Iterator[SourceItem]:
+    def files() -> Iterator[SourceItem]:
         for number, container in enumerate(containers):
             offset, stem = 0, Path(container.path).stem
             for row, (size, label, path) in enumerate(zip(*_read_table(folder, number), strict=True)):
@@ -105,7 +104,7 @@ def _staged(
                 offset += size
 
     blobs = tuple(file_container(folder / f"{number:05d}.bin") for number in range(len(containers)))
-    return Source(kind, names, blobs, listing)
+    return Source(kind, names, blobs, files)
 
 
 def _stage_file(folder: Path, number: int, container: Container, columns: list[str]) -> None:

@@ -4,21 +4,13 @@ from __future__ import annotations
 
 import tarfile
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from common.errors import UserError
 from shards.format import BLOCK, UNKNOWN_LABEL
-from shards.sources.base import (
-    SPLIT_NAMES,
-    Source,
-    SourceItem,
-    by_folder,
-    class_labels,
-    file_container,
-    images,
-    is_image_name,
-)
+from shards.sources.base import SPLIT_NAMES, Source, SourceItem, by_folder, class_labels, file_container, is_image_name
 from shards.sources.labels import LabelList
 
 _COMPRESSED = {b"PK": "zip", b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd"}
@@ -74,7 +66,7 @@ def _class_tars(
                 yield _item(f"{class_name}/{member.name.rpartition('/')[2]}", member, container)
 
     containers = tuple(file_container(path) for path in paths)
-    return Source(kind, tuple(label_of), containers, images(files, by_folder(label_of)))
+    return Source(kind, tuple(label_of), containers, files, by_folder(label_of))
 
 
 def tar_of_class_folders(path: Path, classes: tuple[str, ...] | None) -> Source:
@@ -93,14 +85,13 @@ def tar_of_class_folders(path: Path, classes: tuple[str, ...] | None) -> Source:
         )
     label_of = class_labels(found, classes, path)
     kind = f"a tar of class folders ({len(label_of)} classes)"
-    listing = images(lambda: _files(path), by_folder(label_of))
-    return Source(kind, tuple(label_of), (file_container(path),), listing)
+    return Source(kind, tuple(label_of), (file_container(path),), lambda: _files(path), by_folder(label_of))
 
 
 def flat_tar(path: Path, labels: LabelList) -> Source:
     """Take a tar of images, labelled by file name as in ILSVRC2012_img_val.tar."""
-    listing = images(lambda: _files(path), lambda name: labels.name_and_label(name, path))
-    return Source(f"a tar of images, {labels}", labels.class_names, (file_container(path),), listing)
+    kind, by_name = f"a tar of images, {labels}", partial(labels.name_and_label, where=path)
+    return Source(kind, labels.class_names, (file_container(path),), lambda: _files(path), by_name)
 
 
 def _files(path: Path) -> Iterator[SourceItem]:

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.errors import UserError
-from common.hashing import canonical_json, json_sha256
+from common.hashing import canonical_json, file_sha256, json_sha256
 
 FORMAT_VERSION = 1
 MANIFEST_NAME, INDEX_NAME = "manifest.json", "index.npz"
@@ -54,6 +54,11 @@ class FileEntry:
     name: str
     bytes: int
     sha256: str
+
+    def is_whole_in(self, folder: Path) -> bool:
+        """Tell whether the file is there with that size and hash."""
+        path = folder / self.name
+        return path.is_file() and path.stat().st_size == self.bytes and file_sha256(path) == self.sha256
 
 
 @dataclass(frozen=True)

@@ -62,16 +62,9 @@ def finish_shard(job: ShardJob) -> tuple[int, int]:
     UserError where the disk is full, or the source changed or cannot be read.
     """
     record = read_record(job.records, job.number)
-    if record is None or not _is_whole(job.output, record.entry):
+    if record is None or (record.entry.rows and not record.entry.is_whole_in(job.output)):
         record = _write_shard(job)
     return record.entry.rows + len(record.quarantined), len(record.quarantined)
-
-
-def _is_whole(output: Path, entry: ShardEntry) -> bool:
-    path = output / entry.name
-    if entry.rows == 0:
-        return True
-    return path.exists() and path.stat().st_size == entry.bytes and file_sha256(path) == entry.sha256
 
 
 def _write_shard(job: ShardJob) -> ShardRecord:

@@ -9,7 +9,7 @@ from common.errors import UserError
 from shards.format import MANIFEST_NAME
 from shards.sources.base import Source, is_image_name
 from shards.sources.folders import class_folders, flat_folder, has_images_in_folders
-from shards.sources.labels import FILES_BESIDE, UNLABELLED, LabelList, load_labels
+from shards.sources.labels import FILES_BESIDE, UNLABELLED, Classes, LabelList, load_labels
 from shards.sources.parquet import find_parquet, parquet_source
 from shards.sources.tars import class_tar_files, first_member, flat_tar, tar_of_class_folders, tar_of_class_tars
 
@@ -21,7 +21,7 @@ class SourceOptions:
     # Path of a list of labels for images without class folders; "none" packs them unlabelled; None looks beside
     # validation images of ImageNet and otherwise packs unlabelled.
     labels: str | None = None
-    classes: tuple[str, ...] | None = None  # in label order; None takes those that are found, sorted
+    classes: Classes = None  # in label order; None takes those that are found, sorted
     split: str | None = None  # of a folder of parquet files
     image_column: str = "image"  # of parquet files
     label_column: str = "label"  # of parquet files

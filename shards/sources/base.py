@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common.errors import UserError
+from shards.sources.labels import Classes
 
 IMAGE_SUFFIXES = set(".jpg .jpeg .jpe .jfif .png .gif .webp .bmp .tif .tiff .ppm .pgm .avif .jp2".split())
 SPLIT_NAMES = {"train", "val", "valid", "validation", "test"}
@@ -98,7 +99,7 @@ def by_folder(label_of: dict[str, int]) -> Callable[[str], tuple[str, int] | Non
     return name_and_label
 
 
-def class_labels(found: Collection[str], classes: tuple[str, ...] | None, where: Path | str) -> dict[str, int]:
+def class_labels(found: Collection[str], classes: Classes, where: Path | str) -> dict[str, int]:
     """Return the label of each class, in label order: sorted, or as `classes` gives them; UserError if it lacks one."""
     names = sorted(set(found)) if classes is None else classes
     missing = sorted(set(found).difference(names))

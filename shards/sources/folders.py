@@ -10,10 +10,10 @@ from pathlib import Path
 from common.errors import UserError
 from shards.format import UNKNOWN_LABEL
 from shards.sources.base import SPLIT_NAMES, Container, Source, SourceItem, by_folder, class_labels, is_image_name
-from shards.sources.labels import LabelList
+from shards.sources.labels import Classes, LabelList
 
 
-def class_folders(root: Path, classes: tuple[str, ...] | None) -> Source:
+def class_folders(root: Path, classes: Classes) -> Source:
     """Take `root/CLASS/**/IMAGE`: each folder directly in `root` is a class, empty ones too."""
     found = [entry.name for entry in _folders(root)]
     splits = sorted(name for name in found if name.lower() in SPLIT_NAMES)
@@ -29,14 +29,8 @@ def class_folders(root: Path, classes: tuple[str, ...] | None) -> Source:
 
 def flat_folder(root: Path, labels: LabelList) -> Source:
     """Take the images below `root`, labelled by file name."""
-    by_name = partial(labels.name_and_label, where=root)
-    return Source(
-        f"a folder of images, {labels}",
-        labels.class_names,
-        (Container(str(root.resolve())),),
-        lambda: _walk(root),
-        by_name,
-    )
+    kind, by_name = f"a folder of images, {labels}", partial(labels.name_and_label, where=root)
+    return Source(kind, labels.class_names, (Container(str(root.resolve())),), lambda: _walk(root), by_name)
 
 
 def has_images_in_folders(root: Path) -> bool:

@@ -12,6 +12,8 @@ from pathlib import Path
 from common.errors import UserError
 from shards.format import UNKNOWN_LABEL
 
+Classes = tuple[str, ...] | None  # in label order; None stands for those that are found, sorted
+
 _GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 _META = "meta.mat"
 _VAL_IMAGE = "ILSVRC2012_val_{:08d}.JPEG"
@@ -50,7 +52,7 @@ class LabelList:
 UNLABELLED = LabelList(None, ())
 
 
-def load_labels(path: Path, classes: tuple[str, ...] | None) -> LabelList:
+def load_labels(path: Path, classes: Classes) -> LabelList:
     """Read a list of labels, whatever its form; classes are sorted unless `classes` gives their order.
 
     Raises:
@@ -105,7 +107,7 @@ def _find(folder: Path, name: str) -> Path:
     raise UserError(f"{folder}: holds no {name}, neither here nor in data/. {_FORMS}")
 
 
-def _from_devkit_tar(path: Path, classes: tuple[str, ...] | None) -> LabelList:
+def _from_devkit_tar(path: Path, classes: Classes) -> LabelList:
     found: dict[str, bytes] = {}
     try:
         with tarfile.open(path, "r:gz" if path.name.endswith("gz") else "r:") as archive:
@@ -121,7 +123,7 @@ def _from_devkit_tar(path: Path, classes: tuple[str, ...] | None) -> LabelList:
     return _from_devkit(found[_GROUND_TRUTH].decode(), found[_META], path, classes)
 
 
-def _from_devkit(truth: str, meta: bytes, where: Path, classes: tuple[str, ...] | None) -> LabelList:
+def _from_devkit(truth: str, meta: bytes, where: Path, classes: Classes) -> LabelList:
     """Map the devkit's own ids, line i for validation image i, to wnids by the order in meta.mat."""
     wnid_of = _wnids_of_devkit(meta, where)
     named: dict[str, str] = {}
@@ -162,7 +164,7 @@ def _kaggle_rows(path: Path) -> dict[str, str]:
     return {f"{image}.JPEG": boxes.split()[0] for image, boxes in rows[1:]}
 
 
-def _named(named: dict[str, str], where: Path, classes: tuple[str, ...] | None) -> LabelList:
+def _named(named: dict[str, str], where: Path, classes: Classes) -> LabelList:
     """Turn class names, or numbers where all are numbers, into labels."""
     found = sorted(set(named.values()))
     if all(name.isdigit() for name in found):

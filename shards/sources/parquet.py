@@ -16,6 +16,7 @@ from common.errors import UserError
 from common.hashing import canonical_json
 from shards.format import UNKNOWN_LABEL
 from shards.sources.base import Container, Source, SourceItem, class_labels, file_container
+from shards.sources.labels import Classes
 
 _BATCH_ROWS = 64
 
@@ -37,9 +38,7 @@ def find_parquet(root: Path, split: str | None) -> list[Path]:
     return files
 
 
-def parquet_source(
-    files: Sequence[Path], classes: tuple[str, ...] | None, image_column: str, label_column: str
-) -> Source:
+def parquet_source(files: Sequence[Path], classes: Classes, image_column: str, label_column: str) -> Source:
     """Take parquet files with an image column (a struct with `bytes`, or binary) and a label column.
 
     The source stages its images as plain bytes, since a shuffled order reads rows one by one, and parquet
@@ -85,13 +84,7 @@ def _not_staged() -> Iterator[SourceItem]:
     raise AssertionError("a parquet source is staged before it is listed")
 
 
-def _staged(
-    kind: str,
-    folder: Path,
-    containers: Sequence[Container],
-    given: tuple[str, ...] | None,
-    classes: tuple[str, ...] | None,
-) -> Source:
+def _staged(kind: str, folder: Path, containers: Sequence[Container], given: Classes, classes: Classes) -> Source:
     largest = max(max(_read_table(folder, number)[1], default=-1) for number in range(len(containers)))
     names, relabel = _final_classes(given, classes, largest, containers[0].path)
 
@@ -169,7 +162,7 @@ def _read_table(folder: Path, number: int) -> tuple[list[int], list[int], list[s
         return archive["sizes"].tolist(), archive["labels"].tolist(), paths
 
 
-def _class_names(metadata: dict[bytes, bytes], label_column: str) -> tuple[str, ...] | None:
+def _class_names(metadata: dict[bytes, bytes], label_column: str) -> Classes:
     """Return the names that Hugging Face keeps of a ClassLabel column, None where there are none."""
     try:
         return tuple(json.loads(metadata[b"huggingface"])["info"]["features"][label_column]["names"])
@@ -177,9 +170,7 @@ def _class_names(metadata: dict[bytes, bytes], label_column: str) -> tuple[str, 
         return None
 
 
-def _final_classes(
-    given: tuple[str, ...] | None, classes: tuple[str, ...] | None, largest: int, where: str
-) -> tuple[tuple[str, ...], list[int]]:
+def _final_classes(given: Classes, classes: Classes, largest: int, where: str) -> tuple[tuple[str, ...], list[int]]:
     """Return the classes in label order and the final label of each label in the files.
 
     Labels keep their order, as Hugging Face's ImageNet is in the order of sorted wnids already, unless the

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from common.errors import UserError
 from shards.format import BLOCK, UNKNOWN_LABEL
 from shards.sources.base import SPLIT_NAMES, Source, SourceItem, by_folder, class_labels, file_container, is_image_name
-from shards.sources.labels import LabelList
+from shards.sources.labels import Classes, LabelList
 
 _COMPRESSED = {b"PK": "zip", b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd"}
 _CUT = "The download or copy is incomplete or damaged: compare its checksum and get it again."
@@ -35,14 +35,14 @@ def first_member(path: Path) -> list[str]:
     raise UserError(f"{path}: a tar without images and without class tars. {_CUT}")
 
 
-def tar_of_class_tars(path: Path, classes: tuple[str, ...] | None) -> Source:
+def tar_of_class_tars(path: Path, classes: Classes) -> Source:
     """Take a tar of tars, one a class, such as ILSVRC2012_img_train.tar."""
     inner = [member for member in _walk(path) if _is_tar_name(member.name)]
     tars = [_ClassTar(Path(member.name).stem, 0, member.offset, member.offset + member.size) for member in inner]
     return _class_tars(f"a tar of {len(tars)} class tars", [path], tars, classes, path)
 
 
-def class_tar_files(paths: list[Path], classes: tuple[str, ...] | None) -> Source:
+def class_tar_files(paths: list[Path], classes: Classes) -> Source:
     """Take class tars that lie side by side, as the outer tar unpacks to."""
     tars = [_ClassTar(path.stem, number, 0, None) for number, path in enumerate(paths)]
     return _class_tars(f"a folder of {len(paths)} class tars", paths, tars, classes, paths[0].parent)
@@ -55,9 +55,7 @@ class _ClassTar(NamedTuple):
     end: int | None
 
 
-def _class_tars(
-    kind: str, paths: list[Path], tars: Sequence[_ClassTar], classes: tuple[str, ...] | None, where: Path
-) -> Source:
+def _class_tars(kind: str, paths: list[Path], tars: Sequence[_ClassTar], classes: Classes, where: Path) -> Source:
     label_of = class_labels([tar.class_name for tar in tars], classes, where)
 
     def files() -> Iterator[SourceItem]:
@@ -69,7 +67,7 @@ def _class_tars(
     return Source(kind, tuple(label_of), containers, files, by_folder(label_of))
 
 
-def tar_of_class_folders(path: Path, classes: tuple[str, ...] | None) -> Source:
+def tar_of_class_folders(path: Path, classes: Classes) -> Source:
     """Take a tar whose members lie in class folders, below a folder named after a split or not."""
     found: set[str] = set()
     splits: set[str] = set()

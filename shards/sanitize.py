@@ -36,6 +36,8 @@ _FRAMES = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # DHT, JPG, DAC lie in th
 _SOS, _APP0, _APP1, _APP14 = 0xDA, 0xE0, 0xE1, 0xEE
 _ORIENTATION_TAG, _SHORT = 0x0112, 3
 
+_UNNAMED_SAMPLING = "Could not determine subsampling level"  # turbojpeg's words
+
 # Formats that Pillow may open. Others that it knows start programs (EPS) or are no photographs.
 _OTHER_FORMATS = ("PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 _SCALE_FACTORS = (1, 2, 4, 8)  # tried in this order: the first that brings an image inside the limits
@@ -117,8 +119,7 @@ def sanitise(data: bytes, *, keep_warned: bool = False) -> StoredImage:
 
 def _reencode_by_pillow(data: bytes, header: JpegHeader, factor: int, error: str, keep_warned: bool) -> StoredImage:
     """Re-encode what Pillow reads of a JPEG that turbojpeg failed at, or warned of."""
-    # libjpeg, and so Pillow, reads it; turbojpeg has no name for its sampling. No damage.
-    if "Could not determine subsampling level" in error:
+    if _UNNAMED_SAMPLING in error:  # no damage: libjpeg, and so Pillow, reads it
         return _encode(_decode_by_pillow(data, header, factor), "JPEG of unusual sampling")
     try:
         pixels = _decode_by_pillow(data, header, factor)
@@ -149,7 +150,10 @@ def _strict_decode(data: bytes, header: JpegHeader) -> None:
     All of libjpeg's warnings come from markers and entropy decoding, none from the transform or the colour
     conversion; so the check decodes at 1/8 scale, where those cost next to nothing.
     """
-    simplejpeg.decode_jpeg_header(data, strict=True)
+    try:
+        simplejpeg.decode_jpeg_header(data, strict=True)
+    except KeyError as error:  # 4:4:1: turbojpeg has a name for it, simplejpeg none
+        raise ValueError(_UNNAMED_SAMPLING) from error
     if len(header.component_ids) == 4:
         colorspace = "CMYK"
     else:
@@ -187,6 +191,8 @@ def _decode_by_pillow(data: bytes, header: JpegHeader, factor: int) -> npt.NDArr
             if image.mode == "CMYK" and header.adobe_transform is None:
                 image = ImageChops.invert(image)
             pixels = np.asarray(image.convert("RGB"))
+    except UnidentifiedImageError as error:  # whose message holds an address in memory
+        raise ImageRejected("damaged JPEG: Pillow cannot identify it") from error
     except (OSError, SyntaxError) as error:
         raise ImageRejected(f"damaged JPEG: {error}") from error
     return _orient(pixels, header.orientation)

@@ -152,7 +152,7 @@ def test_the_reason_of_a_rejection_is_the_same_each_time() -> None:
     jpeg = _SAMPLES["444"]
     frame = jpeg.index(b"\xff\xc0")
     two_components = b"\xff\xc0\x00\x0e" + jpeg[frame + 4 : frame + 9] + b"\x02" + jpeg[frame + 10 : frame + 16]
-    with pytest.raises(ImageRejected, match="^damaged JPEG: Pillow cannot identify it$"):
+    with pytest.raises(ImageRejected, match=r"^damaged JPEG: Pillow cannot identify it$"):
         sanitise(jpeg[:frame] + two_components + jpeg[frame + 19 :])
 
 

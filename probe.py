@@ -46,8 +46,7 @@ from distill.evaluation.report import ModelReport, ProbeReport, Protocol, result
 from distill.evaluation.sources import ProbedModel, SourceContext, load_source, read_run
 from pipeline.backend import choose_backend
 from pipeline.readers import CenterCropBatch, read_center_crops
-from shards.format import load_manifest
-from shards.index import load_index
+from shards.format import load_index, load_manifest
 
 RIDGE = 1e-3
 PCA_FIT_IMAGES = 64

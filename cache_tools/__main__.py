@@ -30,8 +30,7 @@ from cache_tools.verify import (
 from common.device import pick_device
 from common.errors import run_command
 from pipeline.readers import in_batches
-from shards.format import load_manifest
-from shards.index import load_index
+from shards.format import load_index, load_manifest
 
 Command = (
     Annotated[Build, tyro.conf.subcommand("build")]

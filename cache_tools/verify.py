@@ -34,7 +34,7 @@ from cache_tools.write import ReadCrops
 from common.errors import UserError
 from common.hashing import json_sha256
 from pipeline.readers import in_batches
-from shards.index import ShardIndex
+from shards.format import ShardIndex
 
 # A cached token against the same teacher run again. int8 alone leaves 0.9999; bf16 in batches of other shapes costs up
 # to 1e-3 on single tokens. Another teacher, seed or view set is far below.

@@ -13,12 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from common.errors import UserError
-from shards.format import load_manifest
-from shards.index import load_index
-from shards.tar_format import BLOCK
+from shards.format import BLOCK, load_index, load_manifest
 
-# Most systems allow 1024 open files a process.
-_MAX_OPEN_SHARDS = 512
+_MAX_OPEN_SHARDS = 512  # most systems allow 1024 open files a process
 
 
 class ShardFolder:
@@ -27,11 +24,6 @@ class ShardFolder:
     Rows are copied by `pread`: where a disk fails or a tar is cut meanwhile, a mapped file would end the process,
     and its first touch of a page holds the interpreter while the disk reads. The size of every shard is checked when
     the folder is opened, each JPEG's crc32c when it is first read. Not thread-safe: one reader a thread.
-
-    Attributes:
-        path: the folder.
-        manifest: its manifest.
-        index: its index.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -45,7 +37,6 @@ class ShardFolder:
         self._checked = np.zeros(len(self.index), bool)
 
     def __len__(self) -> int:
-        """Return the number of rows."""
         return len(self.index)
 
     def __enter__(self) -> ShardFolder:
@@ -98,11 +89,9 @@ class ShardFolder:
         if not hasattr(os, "posix_fadvise"):
             return
         for row in rows.tolist():
+            offset, size = int(self.index.offset[row]), int(self.index.size[row])
             try:
-                descriptor = self._descriptor(row)
-                os.posix_fadvise(
-                    descriptor, int(self.index.offset[row]), int(self.index.size[row]), os.POSIX_FADV_WILLNEED
-                )
+                os.posix_fadvise(self._descriptor(row), offset, size, os.POSIX_FADV_WILLNEED)
             except (OSError, UserError):
                 return  # advice only: the read that follows says what is wrong
 

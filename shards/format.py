@@ -1,33 +1,35 @@
-"""The shard folder on disk: file names, the key rule, row flags and the manifest."""
+"""The shard folder on disk: file names, keys, row flags, the manifest, the index and the layout of a sample."""
 
 from __future__ import annotations
 
 import enum
 import hashlib
+import io
 import json
 import re
-from collections.abc import Mapping
+import tarfile
+import zipfile
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, get_args, get_type_hints
+
+import numpy as np
+import numpy.typing as npt
 
 from common.errors import UserError
-from common.hashing import json_sha256
+from common.hashing import canonical_json, file_sha256, json_sha256
 
 FORMAT_VERSION = 1
-MANIFEST_NAME = "manifest.json"
-INDEX_NAME = "index.npz"
-CLASSES_NAME = "classes.json"
-QUARANTINE_NAME = "quarantine.jsonl"
+MANIFEST_NAME, INDEX_NAME = "manifest.json", "index.npz"
+CLASSES_NAME, QUARANTINE_NAME = "classes.json", "quarantine.jsonl"
 WORK_FOLDER = ".packing"
 
 UNKNOWN_LABEL = -1
 MAX_KEY_LENGTH = 64  # with a suffix of 17 and ".json" still inside ustar's 100 bytes
+BLOCK = tarfile.BLOCKSIZE
 
 _REBUILD = "It was changed or damaged: copy the folder again from its source, or pack it again."
-_KEY_RULE = re.compile(r"[A-Za-z0-9_-]+")
-_OUTSIDE_KEY_RULE = re.compile(r"[^A-Za-z0-9_-]")
-_SHARD_NAME = re.compile(r"shard-\d{6,}\.tar")
 
 
 class RowFlag(enum.IntFlag):
@@ -53,6 +55,11 @@ class FileEntry:
     bytes: int
     sha256: str
 
+    def is_whole_in(self, folder: Path) -> bool:
+        """Tell whether the file is there with that size and hash."""
+        path = folder / self.name
+        return path.is_file() and path.stat().st_size == self.bytes and file_sha256(path) == self.sha256
+
 
 @dataclass(frozen=True)
 class ShardEntry(FileEntry):
@@ -63,29 +70,17 @@ class ShardEntry(FileEntry):
 
 @dataclass(frozen=True)
 class Manifest:
-    """All that a reader needs to know of a shard folder before it opens a tar.
-
-    Attributes:
-        format_version: version of this layout.
-        rows_per_shard: source images planned a shard; quarantined ones leave a shard with fewer rows.
-        seed: seed of the order of rows.
-        class_names: class of each label, in label order; empty where images have no labels.
-        policy: what was done to images, with the versions of the libraries that did it.
-        source: kind, number of images and bytes of what was packed, and the sha256 of its listing.
-        counts: rows by what happened to them (reencoded, renamed, quarantined, ...).
-        shards: the tars in row order. Row r of shard k is row sum(rows of shards before k) + r.
-        files: the other files of the folder.
-    """
+    """All that a reader needs to know of a shard folder before it opens a tar."""
 
     format_version: int
-    rows_per_shard: int
-    seed: int
-    class_names: tuple[str, ...]
-    policy: Mapping[str, Any]
-    source: Mapping[str, Any]
-    counts: Mapping[str, int]
-    shards: tuple[ShardEntry, ...]
-    files: tuple[FileEntry, ...]
+    rows_per_shard: int  # source images planned a shard; quarantined ones leave a shard with fewer rows
+    seed: int  # of the order of rows
+    class_names: tuple[str, ...]  # in label order; empty where images have no labels
+    policy: Mapping[str, Any]  # what was done to images, with the versions of the libraries that did it
+    source: Mapping[str, Any]  # kind, number of images and bytes of what was packed, and the sha256 of its listing
+    counts: Mapping[str, int]  # rows by what happened to them (reencoded, renamed, quarantined, ...)
+    shards: tuple[ShardEntry, ...]  # in row order: row r of shard k is row sum(rows of shards before k) + r
+    files: tuple[FileEntry, ...]  # the other files of the folder
 
     @property
     def num_rows(self) -> int:
@@ -103,8 +98,7 @@ class Manifest:
 
     def to_json(self) -> bytes:
         """Return the text of `manifest.json`: the fields and, last, their fingerprint."""
-        fields = asdict(self) | {"fingerprint": self.fingerprint()}
-        return (json.dumps(fields, indent=1) + "\n").encode()
+        return (json.dumps(asdict(self) | {"fingerprint": self.fingerprint()}, indent=1) + "\n").encode()
 
 
 def load_manifest(shards_dir: str | Path) -> Manifest:
@@ -118,66 +112,114 @@ def load_manifest(shards_dir: str | Path) -> Manifest:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder. Pack images first: `make shards DATA=... SHARDS=...`.")
     try:
-        fields = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes())
     except FileNotFoundError as error:
         if (folder / WORK_FOLDER).is_dir():
             message = "packing is not finished. Run the same pack command again: it continues."
         else:
             message = f"holds no {MANIFEST_NAME}. Give a folder made by `make shards DATA=... SHARDS=...`."
         raise UserError(f"{folder}: {message}") from error
-    except (ValueError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error}). {_REBUILD}") from error
-    return _parse_manifest(path, fields)
-
-
-def _parse_manifest(path: Path, fields: Any) -> Manifest:
-    if not isinstance(fields, dict) or "format_version" not in fields:
+    if not isinstance(content, dict) or "format_version" not in content:
         raise UserError(f"{path}: not a shard manifest (no format_version). {_REBUILD}")
-    version = fields["format_version"]
-    if version != FORMAT_VERSION:
+    if content["format_version"] != FORMAT_VERSION:
         raise UserError(
-            f"{path}: format version {version!r}, this program reads {FORMAT_VERSION}. "
+            f"{path}: format version {content['format_version']!r}, this program reads {FORMAT_VERSION}. "
             "Pack again with this version, or use the version that packed it."
         )
-    fingerprint = fields.pop("fingerprint", None)
+    fingerprint = content.pop("fingerprint", None)
     try:
-        shards = tuple(ShardEntry(**entry) for entry in fields.pop("shards"))
-        files = tuple(FileEntry(**entry) for entry in fields.pop("files"))
-        class_names = tuple(fields.pop("class_names"))
-        manifest = Manifest(shards=shards, files=files, class_names=class_names, **fields)
+        shards = tuple(ShardEntry(**entry) for entry in content.pop("shards"))
+        files = tuple(FileEntry(**entry) for entry in content.pop("files"))
+        manifest = Manifest(shards=shards, files=files, class_names=tuple(content.pop("class_names")), **content)
     except (KeyError, TypeError) as error:
         raise UserError(f"{path}: fields missing or unknown ({error}). {_REBUILD}") from error
-    if manifest.fingerprint() != fingerprint:
-        raise UserError(
-            f"{path}: its content hashes to {manifest.fingerprint()[:16]}, "
-            f"it says {str(fingerprint)[:16]}. {_REBUILD}"
-        )
-    for shard in manifest.shards:
-        assert _SHARD_NAME.fullmatch(shard.name), shard.name
+    found = manifest.fingerprint()
+    if found != fingerprint:
+        raise UserError(f"{path}: its content hashes to {found[:16]}, it says {str(fingerprint)[:16]}. {_REBUILD}")
+    assert all(re.fullmatch(r"shard-\d{6,}\.tar", shard.name) for shard in shards), shards
     return manifest
 
 
 def check_files(shards_dir: Path, manifest: Manifest) -> None:
-    """Check that every file of the manifest is there with its size; contents are left to `verify`.
-
-    Raises:
-        UserError: a file is missing or has another size.
-    """
+    """Check that every listed file is there with its size, or UserError; contents are left to `verify`."""
     for entry in (*manifest.files, *manifest.shards):
         path = shards_dir / entry.name
         try:
             size = path.stat().st_size
         except FileNotFoundError as error:
-            raise UserError(
-                f"{path}: missing, though the manifest lists it with {entry.bytes} bytes. {_REBUILD}"
-            ) from error
+            message = f"missing, though the manifest lists it with {entry.bytes} bytes"
+            raise UserError(f"{path}: {message}. {_REBUILD}") from error
         if size != entry.bytes:
             raise UserError(f"{path}: {size} bytes, the manifest says {entry.bytes}. {_REBUILD}")
 
 
-def shard_name(number: int) -> str:
-    """Return the file name of the shard of that number in the plan."""
-    return f"shard-{number:06d}.tar"
+@dataclass(frozen=True)
+class ShardIndex:
+    """One entry a row, in row order; every column is [N]."""
+
+    shard: npt.NDArray[np.int32]  # position in the manifest's `shards`, not the number in the file name
+    offset: npt.NDArray[np.int64]  # byte offset of the JPEG in its tar; its tar header is the 512 bytes before it
+    size: npt.NDArray[np.int64]  # bytes of the JPEG
+    height: npt.NDArray[np.int32]  # pixels
+    width: npt.NDArray[np.int32]  # pixels
+    label: npt.NDArray[np.int32]  # class, -1 where unknown
+    uid: npt.NDArray[np.uint64]  # `name_uid` of the original relative name
+    crc32c: npt.NDArray[np.uint32]  # of the JPEG's bytes
+    flags: npt.NDArray[np.uint32]  # `RowFlag`
+
+    def __len__(self) -> int:
+        return len(self.shard)
+
+
+# np.int32 of npt.NDArray[np.int32], which is np.ndarray[..., np.dtype[np.int32]].
+COLUMN_DTYPES = {name: get_args(get_args(array)[1])[0] for name, array in get_type_hints(ShardIndex).items()}
+
+
+def load_index(shards_dir: str | Path) -> ShardIndex:
+    """Read the index, checked against the manifest; every listed file must be there with its size.
+
+    Raises:
+        UserError: a file is missing, cut, or changed; the message names it.
+    """
+    manifest = load_manifest(shards_dir)
+    check_files(Path(shards_dir), manifest)
+    return read_index(Path(shards_dir), manifest)
+
+
+def read_index(folder: Path, manifest: Manifest) -> ShardIndex:
+    """Read the index; UserError where hash or row counts are not the manifest's. The tars are not looked at."""
+    path = folder / INDEX_NAME
+    content = path.read_bytes()
+    listed = next(entry.sha256 for entry in manifest.files if entry.name == INDEX_NAME)
+    found = hashlib.sha256(content).hexdigest()
+    if found != listed:
+        raise UserError(
+            f"{path}: sha256 {found[:16]}, the manifest says {listed[:16]}. The index was changed or "
+            "damaged: copy the folder again from its source, or pack it again."
+        )
+    with np.load(io.BytesIO(content), allow_pickle=False) as columns:
+        index = ShardIndex(**{name: columns[name] for name in COLUMN_DTYPES})
+    rows = np.bincount(index.shard, minlength=len(manifest.shards)).tolist()
+    expected = [shard.rows for shard in manifest.shards]
+    if rows != expected:
+        raise UserError(
+            f"{path}: {sum(rows)} rows over {len(rows)} shards, the manifest says {sum(expected)} over "
+            f"{len(expected)}. Pack the folder again."
+        )
+    return index
+
+
+def write_index(file: BinaryIO, column: Callable[[str], npt.NDArray[Any]]) -> None:
+    """Write the npz, one column in memory at a time, with fixed dates so that equal rows give equal bytes."""
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        for name, dtype in COLUMN_DTYPES.items():
+            values = column(name)
+            assert values.dtype == dtype and values.ndim == 1, (name, values.dtype, values.shape)
+            member = zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0))
+            with archive.open(member, "w", force_zip64=True) as stream:
+                np.lib.format.write_array(stream, values, version=(1, 0), allow_pickle=False)
 
 
 def name_uid(name: str) -> int:
@@ -201,7 +243,7 @@ def plain_key(name: str) -> tuple[str, bool]:
     if folders and stem.startswith(folders[-1] + "_"):
         folders = folders[:-1]
     readable = "-".join([*folders, stem])
-    key = _OUTSIDE_KEY_RULE.sub("_", readable)[:MAX_KEY_LENGTH] or "_"
+    key = re.sub(r"[^A-Za-z0-9_-]", "_", readable)[:MAX_KEY_LENGTH] or "_"
     return key, key != readable
 
 
@@ -212,4 +254,33 @@ def unique_key(name: str) -> str:
 
 def is_key(text: str) -> bool:
     """Tell whether a text keeps the key rule."""
-    return _KEY_RULE.fullmatch(text) is not None
+    return re.fullmatch(r"[A-Za-z0-9_-]+", text) is not None
+
+
+def padded(size: int) -> int:
+    """Return a size rounded up to whole blocks."""
+    return -(-size // BLOCK) * BLOCK
+
+
+def open_tar(file: BinaryIO) -> tarfile.TarFile:
+    """Open a file, from where it stands, to write samples into; closing the tar leaves the file open."""
+    return tarfile.TarFile(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT)
+
+
+def add_sample(tar: tarfile.TarFile, key: str, *, cls: bytes, jpg: bytes, json: bytes) -> int:
+    """Append `{key}.cls`, `{key}.jpg`, `{key}.json`, byte for byte as webdataset's TarWriter; return the JPEG's offset.
+
+    webdataset itself is not used: importing it imports torch, 290 MB of private memory a process.
+    """
+    offset = tar.offset + BLOCK + padded(len(cls)) + BLOCK
+    for suffix, data in (("cls", cls), ("jpg", jpg), ("json", json)):
+        info = tarfile.TarInfo(f"{key}.{suffix}")
+        info.size, info.mode, info.uname, info.gname = len(data), 0o444, "bigdata", "bigdata"  # as TarWriter sets them
+        tar.addfile(info, io.BytesIO(data))
+    tar.members = []  # type: ignore[attr-defined]  # tarfile keeps them, and nobody reads them
+    return offset
+
+
+def sample_json(name: str, class_name: str, height: int, width: int) -> bytes:
+    """Return the bytes of a sample's `.json`; `class_name` is empty where unknown."""
+    return canonical_json({"name": name, "wnid": class_name, "width": width, "height": height})

@@ -6,12 +6,12 @@ It lies in files that are mapped, not in memory, so that a packer's memory does 
 from __future__ import annotations
 
 import hashlib
-import mmap
 import os
 import shutil
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -35,8 +35,8 @@ _ROW = np.dtype(
         ("suffix", "<i4"),  # 1 where another name has the same plain key
     ]
 )
-_PACK = struct.Struct("<iiqqqq8s8s8sii").pack
-assert struct.calcsize("<iiqqqq8s8s8sii") == _ROW.itemsize
+_PACKED_ROW = struct.Struct("<iiqqqq8s8s8sii")
+assert _PACKED_ROW.size == _ROW.itemsize
 _ROWS_FILE, _NAMES_FILE, _ORDER_FILE = "rows.bin", "names.bin", "order.npy"
 _SEPARATOR = b"\0"  # between a name and the path of its file, where that is another
 
@@ -47,12 +47,10 @@ class Listing:
     def __init__(self, folder: Path) -> None:
         """Open the listing in `folder`."""
         self._rows = np.memmap(folder / _ROWS_FILE, _ROW, "r")
+        self._names = np.memmap(folder / _NAMES_FILE, np.uint8, "r")
         self.order: npt.NDArray[np.int64] = np.load(folder / _ORDER_FILE, mmap_mode="r")
-        with (folder / _NAMES_FILE).open("rb") as file:
-            self._names = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
     def __len__(self) -> int:
-        """Return the number of images."""
         return len(self._rows)
 
     @property
@@ -63,15 +61,9 @@ class Listing:
     def item(self, position: int) -> SourceItem:
         """Return the image at a position of the listing; a name met twice carries `#2`, `#3`, ..."""
         row = self._rows[position]
-        start = int(self._rows[position - 1]["name_end"]) if position else 0
-        raw_name, _, raw_path = self._names[start : int(row["name_end"])].partition(_SEPARATOR)
-        name = raw_name.decode("utf-8", "surrogateescape")
-        path = raw_path.decode("utf-8", "surrogateescape") or name
-        container, label, offset, size, mtime = (
-            int(row[column]) for column in ("container", "label", "offset", "size", "mtime_ns")
-        )
-        name = distinct_name(name, int(row["duplicate"]))
-        return SourceItem(name, path, container, offset, size, mtime, label)
+        name, path = _name_and_path(self._rows, self._names, position)
+        numbers = (int(row[column]) for column in ("container", "offset", "size", "mtime_ns", "label"))
+        return SourceItem(_distinct_name(name, int(row["duplicate"])), path, *numbers)
 
     def key(self, position: int, name: str) -> tuple[str, bool]:
         """Return the tar key of the image at a position and whether it is not its plain name."""
@@ -87,7 +79,7 @@ class Listing:
         for block in np.array_split(self.order, max(1, len(self) // 65536)):
             rows = self._rows[block]
             for column in ("uid", "label", "size"):
-                digest.update(np.ascontiguousarray(rows[column]).tobytes())
+                digest.update(rows[column].tobytes())
         return digest.hexdigest()
 
     def first_difference(self, other: Listing) -> str | None:
@@ -102,14 +94,7 @@ class Listing:
             if now.name != before.name:
                 return f"{min(now.name, before.name)} was added or removed"
             return f"{now.name}: size {before.size} then, {now.size} now; mtime or place may differ too"
-        if len(self) != len(other):
-            return f"{len(other)} images then, {len(self)} now"
-        return None
-
-
-def distinct_name(name: str, duplicate: int) -> str:
-    """Return the name itself, or `name#2` for its second occurrence in a source."""
-    return f"{name}#{duplicate + 1}" if duplicate else name
+        return None if len(self) == len(other) else f"{len(other)} images then, {len(self)} now"
 
 
 def write_listing(folder: Path, items: Iterable[SourceItem], seed: int, where: str) -> Listing:
@@ -117,77 +102,54 @@ def write_listing(folder: Path, items: Iterable[SourceItem], seed: int, where: s
 
     The order sorts rows by blake2b-8 of the name, keyed by the seed: a uniform shuffle that depends on the
     names and the seed alone, not on the platform, the numpy version or the order of listing.
-
-    Raises:
-        UserError: there is no image at all.
+    UserError where there is no image at all.
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     order_seed = struct.pack("<q", seed)
     name_end = 0
-    with (folder / _ROWS_FILE).open("wb") as rows, (folder / _NAMES_FILE).open("wb") as names:
+    with (folder / _ROWS_FILE).open("wb") as rows_file, (folder / _NAMES_FILE).open("wb") as names_file:
         for item in items:
             name, path = os.fsencode(item.name), os.fsencode(item.path)
-            names.write(name if path in (name, b"") else name + _SEPARATOR + path)
-            name_end = names.tell()
+            name_end += names_file.write(name if path in (name, b"") else name + _SEPARATOR + path)
             order_key = hashlib.blake2b(name, digest_size=8, key=order_seed).digest()
             key_hash = hashlib.blake2b(plain_key(item.name)[0].encode(), digest_size=8).digest()
-            rows.write(
-                _PACK(
-                    item.container,
-                    item.label,
-                    item.offset,
-                    item.size,
-                    item.mtime_ns,
-                    name_end,
-                    name_digest(item.name),
-                    order_key,
-                    key_hash,
-                    0,
-                    0,
-                )
-            )
+            hashes = (name_digest(item.name), order_key, key_hash)
+            place = (item.container, item.label, item.offset, item.size, item.mtime_ns, name_end)
+            rows_file.write(_PACKED_ROW.pack(*place, *hashes, 0, 0))
     if name_end == 0:
         raise UserError(f"{where}: 0 images found. Check the path and what lies there.")
-    _number_duplicates(folder)
-    rows_map = np.memmap(folder / _ROWS_FILE, _ROW, "r")
-    order = np.lexsort((rows_map["uid"], rows_map["order_key"])).astype(np.int64)
-    np.save(folder / _ORDER_FILE, order)
+    rows = np.memmap(folder / _ROWS_FILE, _ROW, "r+")
+    _number_duplicates(rows, np.memmap(folder / _NAMES_FILE, np.uint8, "r"))
+    np.save(folder / _ORDER_FILE, np.lexsort((rows["uid"], rows["order_key"])).astype(np.int64))
     return Listing(folder)
 
 
-def _number_duplicates(folder: Path) -> None:
+def _number_duplicates(rows: np.memmap[Any, Any], names: npt.NDArray[np.uint8]) -> None:
     """Give each repeated name a number and a new id, and mark the plain keys that several names share."""
-    rows = np.memmap(folder / _ROWS_FILE, _ROW, "r+")
-    listing_names = _Names(folder, rows)
     seen: dict[int, int] = {}
-    for position in _repeated(rows["uid"]):
+    for position in _repeated(rows["uid"]).tolist():
         uid = int(rows["uid"][position])
         seen[uid] = seen.get(uid, -1) + 1
         if seen[uid]:
+            name, _ = _name_and_path(rows, names, position)
             rows["duplicate"][position] = seen[uid]
-            rows["uid"][position] = name_uid(distinct_name(listing_names[position], seen[uid]))
-    rows["suffix"][list(_repeated(rows["key_hash"]))] = 1
+            rows["uid"][position] = name_uid(_distinct_name(name, seen[uid]))
+    rows["suffix"][_repeated(rows["key_hash"])] = 1
     rows.flush()
 
 
-class _Names:
-    def __init__(self, folder: Path, rows: npt.NDArray[np.void]) -> None:
-        self._bytes = np.memmap(folder / _NAMES_FILE, np.uint8, "r")
-        self._rows = rows
-
-    def __getitem__(self, position: int) -> str:
-        start = int(self._rows["name_end"][position - 1]) if position else 0
-        raw = self._bytes[start : int(self._rows["name_end"][position])].tobytes()
-        return raw.partition(_SEPARATOR)[0].decode("utf-8", "surrogateescape")
+def _repeated(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
+    """Return, in order, the positions of all values that occur more than once."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return np.flatnonzero(counts[inverse] > 1)
 
 
-def _repeated(values: npt.NDArray[np.uint64]) -> Iterator[int]:
-    """Yield, in order, the positions of all values that occur more than once."""
-    order = np.argsort(values, kind="stable")
-    ordered = values[order]
-    equal = ordered[1:] == ordered[:-1]
-    repeated = np.zeros(len(values), bool)
-    repeated[order[1:][equal]] = True
-    repeated[order[:-1][equal]] = True
-    yield from np.flatnonzero(repeated).tolist()
+def _name_and_path(rows: npt.NDArray[Any], names: npt.NDArray[np.uint8], position: int) -> tuple[str, str]:
+    start = int(rows[position - 1]["name_end"]) if position else 0
+    name, _, path = names[start : int(rows[position]["name_end"])].tobytes().partition(_SEPARATOR)
+    return os.fsdecode(name), os.fsdecode(path or name)
+
+
+def _distinct_name(name: str, duplicate: int) -> str:
+    return f"{name}#{duplicate + 1}" if duplicate else name

@@ -27,26 +27,19 @@ from shards.format import (
     Manifest,
     check_files,
     load_manifest,
+    write_index,
 )
-from shards.index import write_index
 from shards.listing import Listing, write_listing
 from shards.sanitize import policy_fields
-from shards.shard_writer import (
-    WARNED_COUNT,
-    ShardJob,
-    ShardRecord,
-    ShardSettings,
-    finish_shard,
-    merged_columns,
-    read_record,
-)
+from shards.shard_writer import WARNED_COUNT, ShardJob, ShardSettings, finish_shard, merged_columns, read_record
+from shards.sources import SourceOptions, recognise
 from shards.sources.base import Source
-from shards.sources.recognise import SourceOptions, recognise
 from shards.workers import only_packer, run_jobs
 
 ROWS_PER_SHARD = 2048
-LISTING_FOLDER, RECORDS_FOLDER = "listing", "records"
-_REQUEST_FILE, _STAGE_FOLDER = "request.json", "stage"
+# In the working folder.
+_LISTING_FOLDER, _NEW_LISTING_FOLDER, _RECORDS_FOLDER, _STAGE_FOLDER = "listing", "listing.new", "records", "stage"
+_REQUEST_FILE = "request.json"
 _TAR_BYTES_A_ROW = 3584  # three headers, padding, label and description
 
 
@@ -95,20 +88,17 @@ def pack(
     _check_places(source, output)
     with explain_disk_errors(output):
         found = recognise(source, options)
-    say = print if progress else _say_nothing
-    say(f"{source}: {found.kind}")
+    if progress:
+        print(f"{source}: {found.kind}")
     with explain_disk_errors(output):
         output.mkdir(parents=True, exist_ok=True)
         with only_packer(output / WORK_FOLDER):
             began = time.monotonic()
             settings = ShardSettings(found.class_names, rows_per_shard, keep_warned, skip_unreadable)
             manifest = _Run(source, output, found, settings, seed, progress).continue_to_end(workers)
-    say(summary(manifest, output, time.monotonic() - began))
+    if progress:
+        print(summary(manifest, output, time.monotonic() - began))
     return manifest
-
-
-def _say_nothing(_: str) -> None:
-    pass
 
 
 def _check_places(source: Path, output: Path) -> None:
@@ -167,33 +157,33 @@ class _Run:
 
     def _list(self) -> Listing:
         """List the source; where packing was begun before, what was listed then must be the same."""
-        remove_temporaries(self.output)
-        remove_temporaries(self.work)
-        (self.work / RECORDS_FOLDER).mkdir(exist_ok=True)
-        remove_temporaries(self.work / RECORDS_FOLDER)
-        folder, request_path = self.work / LISTING_FOLDER, self.work / _REQUEST_FILE
-        fresh = self.work / "listing.new"
-        listing = self._write_listing(fresh)
-        request = self._request()
+        (self.work / _RECORDS_FOLDER).mkdir(exist_ok=True)
+        for place in (self.output, self.work, self.work / _RECORDS_FOLDER):
+            remove_temporaries(place)
+        folder, request_path = self.work / _LISTING_FOLDER, self.work / _REQUEST_FILE
+        listing, request = self._write_listing(), self._request()
         if request_path.exists():
-            self._compare_requests(json.loads(request_path.read_bytes()), request)
+            if other := _difference(json.loads(request_path.read_bytes()), request):
+                raise UserError(
+                    f"{self.output}: packing was begun with {other[0]} = {other[1]}, now it is {other[2]}. "
+                    "Give the same arguments, or delete the folder to begin anew."
+                )
             difference = listing.first_difference(Listing(folder))
             if difference is not None:
                 raise UserError(
                     f"{self.source_path}: changed since this packing began: {difference}. "
                     f"Restore it, or delete {self.output} to begin anew."
                 )
-            return Listing(folder)
-        shutil.rmtree(folder, ignore_errors=True)
-        fresh.rename(folder)
-        write_atomic(request_path, canonical_json(request))
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+            (self.work / _NEW_LISTING_FOLDER).rename(folder)
+            # Only now: a request on disk says that the listing beside it is whole.
+            write_atomic(request_path, canonical_json(request))
         return Listing(folder)
 
-    def _write_listing(self, folder: Path) -> Listing:
-        items = tqdm(
-            self.source.items(), desc="listing", unit=" images", disable=not self.progress, mininterval=0.5
-        )
-        listing = write_listing(folder, items, self.seed, str(self.source_path))
+    def _write_listing(self) -> Listing:
+        items = tqdm(self.source.items(), desc="listing", unit=" images", disable=not self.progress, mininterval=0.5)
+        listing = write_listing(self.work / _NEW_LISTING_FOLDER, items, self.seed, str(self.source_path))
         if self.progress and self.source.ignored:
             passed_over = ", ".join(f"{reason} ({count})" for reason, count in self.source.ignored.items())
             print(f"Passed over: {passed_over}")
@@ -207,14 +197,6 @@ class _Run:
             **policy_fields(keep_warned=self.settings.keep_warned),
         }
 
-    def _compare_requests(self, before: dict[str, Any], now: dict[str, Any]) -> None:
-        for name in sorted(before.keys() | now.keys()):
-            if before.get(name) != now.get(name):
-                raise UserError(
-                    f"{self.output}: packing was begun with {name} = {_short(before.get(name))}, now it is "
-                    f"{_short(now.get(name))}. Give the same arguments, or delete the folder to begin anew."
-                )
-
     def _check_published(self) -> Manifest:
         """Check that the finished folder is what this call would make, as far as its manifest tells."""
         manifest = load_manifest(self.output)
@@ -227,16 +209,14 @@ class _Run:
         }
         wanted = self._request()
         if self.source.stage is None:
-            wanted["content"] = self._write_listing(self.work / "listing.new").content_hash()
+            wanted["content"] = self._write_listing().content_hash()
         else:  # staging again would cost as much as packing: the settings must do
             del wanted["class_names"]
-        differing = [name for name in wanted if wanted[name] != held.get(name)]
-        if differing:
+        if other := _difference(held, wanted):
             shutil.rmtree(self.work)
             raise UserError(
-                f"{self.output}: already holds other shards ({manifest.num_rows} rows; {differing[0]} is "
-                f"{_short(held.get(differing[0]))}, this call has {_short(wanted[differing[0]])}). "
-                "Choose another folder, or delete this one."
+                f"{self.output}: already holds other shards ({manifest.num_rows} rows; {other[0]} is {other[1]}, this "
+                f"call has {other[2]}). Choose another folder, or delete this one."
             )
         check_files(self.output, manifest)
         return manifest
@@ -253,31 +233,30 @@ class _Run:
     def _pack(self, listing: Listing, workers: int) -> Manifest:
         num_shards = -(-len(listing) // self.settings.rows_per_shard)
         quarantined = 0
+        jobs = (self._job(listing, number) for number in range(num_shards))
         with tqdm(total=len(listing), desc="packing", unit=" images", disable=not self.progress) as bar:
 
             def report(finished: tuple[int, int]) -> None:
                 nonlocal quarantined
-                done, newly_quarantined = finished
-                quarantined += newly_quarantined
+                quarantined += finished[1]
                 bar.set_postfix(quarantined=quarantined, refresh=False)
-                bar.update(done)
+                bar.update(finished[0])
 
-            jobs = (self._job(listing, number) for number in range(num_shards))
-            run_jobs(finish_shard, jobs, min(workers, num_shards), report, packed_in=self.output / WORK_FOLDER)
+            run_jobs(finish_shard, jobs, min(workers, num_shards), report, packed_in=self.work)
         return self._publish(listing, num_shards)
 
     def _job(self, listing: Listing, number: int) -> ShardJob:
         start = number * self.settings.rows_per_shard
-        rows = []
-        for position in listing.order[start : start + self.settings.rows_per_shard].tolist():
-            item = listing.item(position)
-            rows.append((item, *listing.key(position, item.name)))
-        records = self.work / RECORDS_FOLDER
+        positions = listing.order[start : start + self.settings.rows_per_shard].tolist()
+        rows = [(item := listing.item(position), *listing.key(position, item.name)) for position in positions]
+        records = self.work / _RECORDS_FOLDER
         return ShardJob(number, self.output, records, self.source.containers, self.settings, rows)
 
     def _publish(self, listing: Listing, num_shards: int) -> Manifest:
         """Write index, classes, quarantine list and, last of all, the manifest."""
-        records = [_finished_record(self.work / RECORDS_FOLDER, number) for number in range(num_shards)]
+        found = [read_record(self.work / _RECORDS_FOLDER, number) for number in range(num_shards)]
+        records = [record for record in found if record is not None]
+        assert len(records) == num_shards
         filled = tuple(record.entry for record in records if record.entry.rows)
         if not filled:
             reason = records[0].quarantined[0]
@@ -286,14 +265,10 @@ class _Run:
                 f"The first: {reason['name']}: {reason['reason']}. Check that these are images."
             )
         quarantined = [entry for record in records for entry in record.quarantined]
-        write_atomic(
-            self.output / INDEX_NAME,
-            lambda file: write_index(file, lambda name: merged_columns(records, name)),
-        )
-        classes = json.dumps(list(self.settings.class_names), indent=0).encode() + b"\n"
-        write_atomic(self.output / CLASSES_NAME, classes)
-        lines = b"".join(canonical_json(entry) + b"\n" for entry in quarantined)
-        write_atomic(self.output / QUARANTINE_NAME, lines)
+        index, classes, quarantine = (self.output / name for name in (INDEX_NAME, CLASSES_NAME, QUARANTINE_NAME))
+        write_atomic(index, lambda file: write_index(file, lambda name: merged_columns(records, name)))
+        write_atomic(classes, json.dumps(self.settings.class_names, indent=0).encode() + b"\n")
+        write_atomic(quarantine, b"".join(canonical_json(entry) + b"\n" for entry in quarantined))
         counts: Counter[str] = Counter(quarantined=len(quarantined))
         for record in records:
             counts.update(record.counts)
@@ -312,21 +287,19 @@ class _Run:
             counts=dict(sorted(counts.items())),
             shards=filled,
             files=tuple(
-                _file_entry(self.output / name) for name in (INDEX_NAME, CLASSES_NAME, QUARANTINE_NAME)
+                FileEntry(path.name, path.stat().st_size, file_sha256(path)) for path in (index, classes, quarantine)
             ),
         )
         write_atomic(self.output / MANIFEST_NAME, manifest.to_json())
         return manifest
 
 
-def _finished_record(records: Path, number: int) -> ShardRecord:
-    record = read_record(records, number)
-    assert record is not None, number
-    return record
-
-
-def _file_entry(path: Path) -> FileEntry:
-    return FileEntry(path.name, path.stat().st_size, file_sha256(path))
+def _difference(before: dict[str, Any], now: dict[str, Any]) -> tuple[str, str, str] | None:
+    """Return the name of the first value that is not the one before, with both in short; None where all are."""
+    for name, value in now.items():
+        if before.get(name) != value:
+            return name, _short(before.get(name)), _short(value)
+    return None
 
 
 def _short(value: object) -> str:
@@ -352,4 +325,3 @@ def summary(manifest: Manifest, output: Path, seconds: float) -> str:
             "To have them all the same, pack into a new folder with --keep-warned."
         )
     return "\n".join(lines)
-

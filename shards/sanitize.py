@@ -22,12 +22,25 @@ MAX_PIXELS = 1 << 26  # 67 Mpx, 200 MB as RGB: what one decode may cost in packi
 MAX_FILE_BYTES = 1 << 28
 REENCODE_QUALITY = 95
 
-_NO_FLAGS = RowFlag(0)
+SOI, EOI = b"\xff\xd8", b"\xff\xd9"
+BASELINE, PROGRESSIVE = 0xC0, 0xC2
+_OTHER_PROCESSES = {
+    0xC1: "extended sequential",
+    0xC3: "lossless",
+    0xC9: "arithmetic-coded",
+    0xCA: "arithmetic-coded progressive",
+    0xCB: "arithmetic-coded lossless",
+}
+_STANDALONE = {0x00, 0x01, *range(0xD0, 0xD8)}  # markers without a length
+_FRAMES = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # DHT, JPG, DAC lie in their range
+_SOS, _APP0, _APP1, _APP14 = 0xDA, 0xE0, 0xE1, 0xEE
+_ORIENTATION_TAG, _SHORT = 0x0112, 3
+
+_UNNAMED_SAMPLING = "Could not determine subsampling level"  # turbojpeg's words
+
 # Formats that Pillow may open. Others that it knows start programs (EPS) or are no photographs.
 _OTHER_FORMATS = ("PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
-_UNNAMED_SAMPLING = "Could not determine subsampling level"
-# In the order in which they are tried: the first that brings an image inside the limits.
-_SCALE_FACTORS = (1, 2, 4, 8)
+_SCALE_FACTORS = (1, 2, 4, 8)  # tried in this order: the first that brings an image inside the limits
 
 
 class ImageRejected(ValueError):
@@ -36,10 +49,6 @@ class ImageRejected(ValueError):
 
 class ImageWarned(ImageRejected):
     """A JPEG that shows a picture, but of which the decoder warns as it does of damage."""
-
-
-class _UnusualSampling(ValueError):
-    """A JPEG that libjpeg, and so Pillow, reads, and turbojpeg has no name for."""
 
 
 @dataclass(frozen=True)
@@ -84,32 +93,15 @@ def sanitise(data: bytes, *, keep_warned: bool = False) -> StoredImage:
     if not data:
         raise ImageRejected("empty file (0 bytes)")
     if not data.startswith(SOI):
-        pixels, origin = _decode_other(data)
-        return _encode(pixels, origin)
-    header = parse_jpeg_header(data)
-    if header is None:
-        raise ImageRejected("damaged JPEG: its markers are not well formed")
-    if header.precision != 8:
-        raise ImageRejected(f"{header.precision}-bit JPEG: decoders read 8 bits")
-    return _sanitise_jpeg(data, header, keep_warned)
-
-
-def _sanitise_jpeg(data: bytes, header: JpegHeader, keep_warned: bool) -> StoredImage:
+        return _encode(*_decode_other(data))
+    header = _parse_header(data)
     factor = _scale_factor(header.height, header.width)
     try:
         _strict_decode(data, header)
-    except _UnusualSampling:
-        return _encode(_decode_by_pillow(data, header, factor), "JPEG of unusual sampling")
     except ValueError as error:
-        try:
-            pixels = _decode_by_pillow(data, header, factor)
-        except ImageRejected:
-            raise ImageRejected(f"damaged JPEG: {error}") from error
-        if not keep_warned:
-            raise ImageWarned(f"damaged JPEG: {error}") from error
-        return _encode(pixels, "JPEG with a warning", RowFlag.WARNED)
-    flags = _NO_FLAGS
+        return _reencode_by_pillow(data, header, factor, str(error), keep_warned)
     origin = _reason_to_reencode(header, factor)
+    flags = RowFlag(0)
     if origin:
         if header.orientation != 1:
             flags |= RowFlag.ROTATED
@@ -125,34 +117,43 @@ def _sanitise_jpeg(data: bytes, header: JpegHeader, keep_warned: bool) -> Stored
     return StoredImage(data, header.height, header.width, flags)
 
 
+def _reencode_by_pillow(data: bytes, header: JpegHeader, factor: int, error: str, keep_warned: bool) -> StoredImage:
+    """Re-encode what Pillow reads of a JPEG that turbojpeg failed at, or warned of."""
+    if _UNNAMED_SAMPLING in error:  # no damage: libjpeg, and so Pillow, reads it
+        return _encode(_decode_by_pillow(data, header, factor), "JPEG of unusual sampling")
+    try:
+        pixels = _decode_by_pillow(data, header, factor)
+    except ImageRejected as rejection:
+        raise ImageRejected(f"damaged JPEG: {error}") from rejection
+    if not keep_warned:
+        raise ImageWarned(f"damaged JPEG: {error}")
+    return _encode(pixels, "JPEG with a warning", RowFlag.WARNED)
+
+
 def _reason_to_reencode(header: JpegHeader, factor: int) -> str:
     """Return why a JPEG that decodes cleanly cannot be kept as it is; empty where it can."""
-    if len(header.component_ids) == 4:
+    components = len(header.component_ids)
+    if components == 4:
         return "CMYK JPEG"
     if header.process not in (BASELINE, PROGRESSIVE):
-        return f"{PROCESS_NAMES.get(header.process, hex(header.process))} JPEG"
+        return f"{_OTHER_PROCESSES.get(header.process, hex(header.process))} JPEG"
     if not (header.is_gray or header.is_ycbcr):
-        return "RGB JPEG" if len(header.component_ids) == 3 else f"{len(header.component_ids)}-component JPEG"
+        return "RGB JPEG" if components == 3 else f"{components}-component JPEG"
     if header.orientation != 1:
         return "JPEG with an EXIF orientation"
     return "JPEG over the size limit" if factor != 1 else ""
 
 
 def _strict_decode(data: bytes, header: JpegHeader) -> None:
-    """Decode every coefficient; a warning counts as an error.
+    """Decode every coefficient; ValueError with the decoder's message where it failed or warned.
 
     All of libjpeg's warnings come from markers and entropy decoding, none from the transform or the colour
     conversion; so the check decodes at 1/8 scale, where those cost next to nothing.
-
-    Raises:
-        ValueError: the decoder warned or failed; the message is its own.
     """
     try:
         simplejpeg.decode_jpeg_header(data, strict=True)
-    except ValueError as error:
-        if _UNNAMED_SAMPLING in str(error):
-            raise _UnusualSampling(str(error)) from error
-        raise
+    except KeyError as error:  # 4:4:1: turbojpeg has a name for it, simplejpeg none
+        raise ValueError(_UNNAMED_SAMPLING) from error
     if len(header.component_ids) == 4:
         colorspace = "CMYK"
     else:
@@ -174,13 +175,8 @@ def _scale_factor(height: int, width: int) -> int:
 def _decode_to_rgb(data: bytes, header: JpegHeader, factor: int) -> npt.NDArray[np.uint8]:
     if len(header.component_ids) == 4:
         return _decode_by_pillow(data, header, factor)
-    pixels = simplejpeg.decode_jpeg(
-        data,
-        colorspace="RGB",
-        min_height=-(-header.height // factor),
-        min_width=-(-header.width // factor),
-        strict=True,
-    )
+    height, width = -(-header.height // factor), -(-header.width // factor)
+    pixels = simplejpeg.decode_jpeg(data, colorspace="RGB", min_height=height, min_width=width, strict=True)
     return _orient(pixels, header.orientation)
 
 
@@ -195,6 +191,8 @@ def _decode_by_pillow(data: bytes, header: JpegHeader, factor: int) -> npt.NDArr
             if image.mode == "CMYK" and header.adobe_transform is None:
                 image = ImageChops.invert(image)
             pixels = np.asarray(image.convert("RGB"))
+    except UnidentifiedImageError as error:  # whose message holds an address in memory
+        raise ImageRejected("damaged JPEG: Pillow cannot identify it") from error
     except (OSError, SyntaxError) as error:
         raise ImageRejected(f"damaged JPEG: {error}") from error
     return _orient(pixels, header.orientation)
@@ -249,54 +247,25 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _encode(pixels: npt.NDArray[np.uint8], origin: str, flags: RowFlag = _NO_FLAGS) -> StoredImage:
+def _encode(pixels: npt.NDArray[np.uint8], origin: str, flags: RowFlag = RowFlag.REENCODED) -> StoredImage:
+    pixels = np.ascontiguousarray(pixels)
+    jpeg = simplejpeg.encode_jpeg(pixels, quality=REENCODE_QUALITY, colorspace="RGB", colorsubsampling="444")
     height, width = pixels.shape[:2]
-    jpeg = simplejpeg.encode_jpeg(
-        np.ascontiguousarray(pixels), quality=REENCODE_QUALITY, colorspace="RGB", colorsubsampling="444"
-    )
     return StoredImage(jpeg, height, width, flags | RowFlag.REENCODED, origin)
-
-
-SOI, EOI = b"\xff\xd8", b"\xff\xd9"
-BASELINE, PROGRESSIVE = 0xC0, 0xC2
-PROCESS_NAMES = {
-    0xC0: "baseline",
-    0xC1: "extended sequential",
-    0xC2: "progressive",
-    0xC3: "lossless",
-    0xC9: "arithmetic-coded",
-    0xCA: "arithmetic-coded progressive",
-    0xCB: "arithmetic-coded lossless",
-}
-_STANDALONE = {0x01, *range(0xD0, 0xD8)}  # markers without a length
-_NOT_FRAMES = {0xC4, 0xC8, 0xCC}  # DHT, JPG, DAC lie in the range of the frame markers
-_SOS, _APP0, _APP1, _APP14 = 0xDA, 0xE0, 0xE1, 0xEE
-_ORIENTATION_TAG, _SHORT = 0x0112, 3
 
 
 @dataclass(frozen=True)
 class JpegHeader:
-    """What the markers before the first scan say.
+    """What the markers before the first scan say."""
 
-    Attributes:
-        process: second byte of the frame marker; 0xC0 is baseline, 0xC2 progressive.
-        precision: bits a sample.
-        height: pixels.
-        width: pixels.
-        component_ids: one id a colour component.
-        adobe_transform: colour transform of the Adobe marker, None where there is none.
-        jfif: whether a JFIF marker is there.
-        orientation: EXIF orientation 1..8; 1 where there is none or it is not valid.
-    """
-
-    process: int
-    precision: int
-    height: int
-    width: int
-    component_ids: tuple[int, ...]
-    adobe_transform: int | None
-    jfif: bool
-    orientation: int
+    process: int  # second byte of the frame marker; 0xC0 is baseline, 0xC2 progressive
+    precision: int  # bits a sample
+    height: int  # pixels
+    width: int  # pixels
+    component_ids: tuple[int, ...]  # one id a colour component
+    adobe_transform: int | None  # colour transform of the Adobe marker, None where there is none
+    jfif: bool  # whether a JFIF marker is there
+    orientation: int  # of EXIF, 1..8; 1 where there is none or it is not valid
 
     @property
     def is_gray(self) -> bool:
@@ -311,14 +280,40 @@ class JpegHeader:
         return self.jfif or self.adobe_transform == 1 or self.component_ids != (0x52, 0x47, 0x42)
 
 
+def _parse_header(data: bytes) -> JpegHeader:
+    """Read the markers up to the first scan; ImageRejected where they are not well formed or say other than 8 bits."""
+    frame: tuple[int, int, int, int, tuple[int, ...]] | None = None
+    adobe_transform, jfif, orientation = None, False, 1
+    try:
+        for marker, body in _segments(data):
+            if marker in _FRAMES:
+                precision, height, width, components = struct.unpack_from(">BHHB", body)
+                if len(body) != 6 + 3 * components:
+                    raise ValueError("a frame of another length")
+                frame = (marker, precision, height, width, tuple(body[6::3]))
+            elif marker == _APP0 and body.startswith(b"JFIF\0"):
+                jfif = True
+            elif marker == _APP14 and body.startswith(b"Adobe") and len(body) >= 12:
+                adobe_transform = body[11]
+            elif marker == _APP1 and body.startswith(b"Exif\0"):
+                orientation = _exif_orientation(body[6:])
+        if frame is None:
+            raise ValueError("no frame")
+    except (ValueError, struct.error) as error:
+        raise ImageRejected("damaged JPEG: its markers are not well formed") from error
+    header = JpegHeader(*frame, adobe_transform, jfif, orientation)
+    if header.precision != 8:
+        raise ImageRejected(f"{header.precision}-bit JPEG: decoders read 8 bits")
+    return header
+
+
 def _segments(data: bytes) -> Iterator[tuple[int, bytes]]:
     """Yield marker and body of each segment up to the first scan's, as decoders find them: past stray bytes.
 
-    Raises:
-        ValueError: the bytes end, or a segment passes their end, before the first scan.
+    ValueError where the bytes end, or a segment passes their end, before the first scan.
     """
-    position = 2
-    while True:
+    position, marker = 2, 0
+    while marker != _SOS:
         start = data.find(b"\xff", position)
         while data[start : start + 2] == b"\xff\xff":  # fill bytes
             start += 1
@@ -326,55 +321,25 @@ def _segments(data: bytes) -> Iterator[tuple[int, bytes]]:
             raise ValueError("no scan")
         marker, length = data[start + 1], int.from_bytes(data[start + 2 : start + 4], "big")
         position = start + 2
-        if marker == 0 or marker in _STANDALONE:
-            continue
-        position += length
-        if length < 2 or position > len(data):
-            raise ValueError(f"the segment at byte {start} is cut")
-        yield marker, data[start + 4 : position]
-        if marker == _SOS:
-            return
-
-
-def parse_jpeg_header(data: bytes) -> JpegHeader | None:
-    """Read the markers up to the first scan; None where they are not well formed."""
-    frame: tuple[int, int, int, int, tuple[int, ...]] | None = None
-    adobe_transform, jfif, orientation = None, False, 1
-    try:
-        for marker, body in _segments(data):
-            if 0xC0 <= marker <= 0xCF and marker not in _NOT_FRAMES:
-                frame = _parse_frame(marker, body)
-                if frame is None:
-                    return None
-            elif marker == _APP0 and body.startswith(b"JFIF\0"):
-                jfif = True
-            elif marker == _APP14 and body.startswith(b"Adobe") and len(body) >= 12:
-                adobe_transform = body[11]
-            elif marker == _APP1 and body.startswith(b"Exif\0"):
-                orientation = _exif_orientation(body[6:])
-    except ValueError:
-        return None
-    return JpegHeader(*frame, adobe_transform, jfif, orientation) if frame else None
-
-
-def _parse_frame(marker: int, body: bytes) -> tuple[int, int, int, int, tuple[int, ...]] | None:
-    if len(body) < 6 or len(body) != 6 + 3 * body[5]:
-        return None
-    precision, height, width = struct.unpack(">BHH", body[:5])
-    return marker, precision, height, width, tuple(body[6::3])
+        if marker not in _STANDALONE:
+            position += length
+            if length < 2 or position > len(data):
+                raise ValueError(f"the segment at byte {start} is cut")
+            yield marker, data[start + 4 : position]
 
 
 def _exif_orientation(tiff: bytes) -> int:
     """Read the orientation from the first directory of an EXIF block; 1 where it is absent or not valid."""
-    order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
-    if order is None or len(tiff) < 8:
+    if tiff[:2] not in (b"II", b"MM"):
         return 1
-    (directory,) = struct.unpack_from(order + "I", tiff, 4)
-    if directory + 2 > len(tiff):
-        return 1
-    (entries,) = struct.unpack_from(order + "H", tiff, directory)
-    for entry in range(directory + 2, min(directory + 2 + 12 * entries, len(tiff) - 11), 12):
-        tag, kind, count, value = struct.unpack_from(order + "HHIH", tiff, entry)
-        if tag == _ORIENTATION_TAG:
-            return value if kind == _SHORT and count == 1 and 1 <= value <= 8 else 1
+    order = "<" if tiff[:2] == b"II" else ">"
+    try:
+        (directory,) = struct.unpack_from(order + "I", tiff, 4)
+        (entries,) = struct.unpack_from(order + "H", tiff, directory)
+        for place in range(directory + 2, directory + 2 + 12 * entries, 12):
+            tag, kind, count, value = struct.unpack_from(order + "HHIHxx", tiff, place)
+            if tag == _ORIENTATION_TAG:
+                return value if kind == _SHORT and count == 1 and 1 <= value <= 8 else 1
+    except struct.error:  # cut short
+        pass
     return 1

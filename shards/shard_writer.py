@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,9 @@ import numpy.typing as npt
 
 from common.atomic import open_atomic, write_atomic
 from common.hashing import canonical_json, file_sha256
-from shards.format import RowFlag, ShardEntry, name_uid, shard_name
-from shards.images import ImageReader, SourceUnreadable
-from shards.index import COLUMN_DTYPES
+from shards.format import COLUMN_DTYPES, RowFlag, ShardEntry, add_sample, name_uid, open_tar, sample_json
 from shards.sanitize import MAX_FILE_BYTES, ImageRejected, ImageWarned, StoredImage, sanitise
-from shards.sources.base import Container, SourceItem
-from shards.tar_format import add_sample, open_tar
+from shards.sources.base import Container, ImageReader, SourceItem, SourceUnreadable
 from shards.workers import check_stop
 
 ROW_COLUMNS = {name: dtype for name, dtype in COLUMN_DTYPES.items() if name != "shard"}
@@ -29,157 +26,92 @@ WARNED_COUNT = "quarantined for a warning"  # of the quarantined: what other pro
 
 @dataclass(frozen=True)
 class ShardSettings:
-    """What decides a shard's bytes beside the listing.
+    """What decides a shard's bytes beside the listing."""
 
-    Attributes:
-        class_names: classes in label order.
-        rows_per_shard: source images planned a shard.
-        keep_warned: see `sanitise`.
-        skip_unreadable: quarantine what cannot be read instead of stopping.
-    """
-
-    class_names: tuple[str, ...]
-    rows_per_shard: int
-    keep_warned: bool
-    skip_unreadable: bool
-
-
-@dataclass(frozen=True)
-class ShardRecord:
-    """What is known of a finished shard: its entry, its rows' columns, and what was left out.
-
-    Attributes:
-        entry: name, bytes, sha256 and rows of the tar; no tar exists where rows is 0.
-        columns: index columns of its rows, `shard` aside.
-        quarantined: name and reason of each image left out.
-        counts: what happened to images, by kind.
-    """
-
-    entry: ShardEntry
-    columns: dict[str, npt.NDArray[Any]]
-    quarantined: list[dict[str, str]]
-    counts: dict[str, int]
-
-
-def sample_json(name: str, class_name: str, height: int, width: int) -> bytes:
-    """Return the bytes of a sample's `.json`; `class_name` is empty where unknown."""
-    return canonical_json({"name": name, "wnid": class_name, "width": width, "height": height})
-
-
-def label_text(label: int) -> bytes:
-    """Return the bytes of a sample's `.cls`."""
-    return str(label).encode()
-
-
-class _Rows:
-    """Collects the columns of a shard's rows."""
-
-    def __init__(self) -> None:
-        self._values: dict[str, list[int]] = {name: [] for name in ROW_COLUMNS}
-        self.quarantined: list[dict[str, str]] = []
-        self.counts: Counter[str] = Counter()
-
-    def add(self, item: SourceItem, stored: StoredImage, offset: int, flags: RowFlag) -> None:
-        row = {
-            "offset": offset,
-            "size": len(stored.jpeg),
-            "height": stored.height,
-            "width": stored.width,
-            "label": item.label,
-            "uid": name_uid(item.name),
-            "crc32c": google_crc32c.value(stored.jpeg),
-            "flags": int(flags),
-        }
-        for name, value in row.items():
-            self._values[name].append(value)
-        self.counts[f"re-encoded: {stored.origin}" if stored.origin else "verbatim"] += 1
-        if RowFlag.RENAMED in flags:
-            self.counts["renamed"] += 1
-
-    def columns(self) -> dict[str, npt.NDArray[Any]]:
-        return {name: np.array(self._values[name], dtype) for name, dtype in ROW_COLUMNS.items()}
+    class_names: tuple[str, ...]  # in label order
+    rows_per_shard: int  # source images planned a shard
+    keep_warned: bool  # see `sanitise`
+    skip_unreadable: bool  # quarantine what cannot be read instead of stopping
 
 
 @dataclass(frozen=True)
 class ShardJob:
-    """All that packing one shard needs, small enough to be sent to another process.
+    """All that packing one shard needs, small enough to be sent to another process."""
 
-    Attributes:
-        number: of the shard in the plan.
-        output: folder of the tars.
-        records: folder of the records of finished shards.
-        containers: where the images lie.
-        settings: see `ShardSettings`.
-        rows: item, tar key and whether that is not its plain name, of each row.
-    """
-
-    number: int
-    output: Path
-    records: Path
-    containers: Sequence[Container]
+    number: int  # of the shard in the plan
+    output: Path  # folder of the tars
+    records: Path  # folder of the records of finished shards
+    containers: Sequence[Container]  # where the images lie
     settings: ShardSettings
-    rows: Sequence[tuple[SourceItem, str, bool]]
+    rows: Sequence[tuple[SourceItem, str, bool]]  # item, tar key and whether that is not its plain name
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """What is known of a finished shard: its entry, its rows' columns, and what was left out."""
+
+    entry: ShardEntry  # no tar exists where its rows are 0
+    columns: Mapping[str, npt.NDArray[Any]]  # index columns of its rows, `shard` aside
+    quarantined: list[dict[str, str]]  # name and reason of each image left out
+    counts: Mapping[str, int]  # what happened to images, by kind
 
 
 def finish_shard(job: ShardJob) -> tuple[int, int]:
     """Keep the shard if it is finished and whole, otherwise pack it; return rows done and of these quarantined.
 
-    Raises:
-        UserError: the disk is full, or the source cannot be read or changed.
+    UserError where the disk is full, or the source changed or cannot be read.
     """
-    record = finished_record(job.number, job.output, job.records)
-    if record is None:
-        with ImageReader(job.containers) as reader:
-            record = _write_shard(job, reader)
+    record = read_record(job.records, job.number)
+    if record is None or (record.entry.rows and not record.entry.is_whole_in(job.output)):
+        record = _write_shard(job)
     return record.entry.rows + len(record.quarantined), len(record.quarantined)
 
 
-def _write_shard(job: ShardJob, reader: ImageReader) -> ShardRecord:
+def _write_shard(job: ShardJob) -> ShardRecord:
     """Write the tar and then its record."""
-    rows, path = _Rows(), job.output / shard_name(job.number)
-    with open_atomic(path) as file:
+    path = job.output / f"shard-{job.number:06d}.tar"
+    rows: list[tuple[int, ...]] = []
+    quarantined: list[dict[str, str]] = []
+    counts: Counter[str] = Counter()
+    with ImageReader(job.containers) as reader, open_atomic(path) as file:
         with open_tar(file) as tar:
             for item, key, renamed in job.rows:
                 check_stop()
-                stored = _stored_or_quarantined(item, reader, job.settings, rows)
-                if stored is None:
+                try:
+                    stored = _read_and_sanitise(item, reader, job.settings)
+                except ImageRejected as rejection:
+                    quarantined.append({"name": item.name, "reason": str(rejection)})
+                    counts[WARNED_COUNT] += isinstance(rejection, ImageWarned)
                     continue
                 class_name = job.settings.class_names[item.label] if item.label >= 0 else ""
-                offset = add_sample(
-                    tar,
-                    key,
-                    cls=label_text(item.label),
-                    jpg=stored.jpeg,
-                    json=sample_json(item.name, class_name, stored.height, stored.width),
-                )
-                rows.add(item, stored, offset, stored.flags | (RowFlag.RENAMED if renamed else RowFlag(0)))
+                about = sample_json(item.name, class_name, stored.height, stored.width)
+                offset = add_sample(tar, key, cls=b"%d" % item.label, jpg=stored.jpeg, json=about)
+                flags = stored.flags | (RowFlag.RENAMED if renamed else RowFlag(0))
+                uid, crc32c = name_uid(item.name), google_crc32c.value(stored.jpeg)
+                pixels = (stored.height, stored.width)
+                rows.append((offset, len(stored.jpeg), *pixels, item.label, uid, crc32c, int(flags)))
+                counts[f"re-encoded: {stored.origin}" if stored.origin else "verbatim"] += 1
+                counts["renamed"] += renamed
         reader.check_unchanged()
-    columns = rows.columns()
-    entry = ShardEntry(path.name, path.stat().st_size, file_sha256(path), len(columns["offset"]))
-    if entry.rows == 0:
+    table = np.array(rows, list(ROW_COLUMNS.items()))
+    entry = ShardEntry(path.name, path.stat().st_size, file_sha256(path), len(rows))
+    if not rows:
         path.unlink()
-    record = ShardRecord(entry, columns, rows.quarantined, dict(rows.counts))
+    record = ShardRecord(entry, {name: table[name] for name in ROW_COLUMNS}, quarantined, +counts)  # + drops zeros
     write_record(job.records, job.number, record)
     return record
 
 
-def _stored_or_quarantined(
-    item: SourceItem, reader: ImageReader, settings: ShardSettings, rows: _Rows
-) -> StoredImage | None:
+def _read_and_sanitise(item: SourceItem, reader: ImageReader, settings: ShardSettings) -> StoredImage:
+    if item.size > MAX_FILE_BYTES:
+        raise ImageRejected(f"too large: {item.size} bytes, the limit is {MAX_FILE_BYTES}")
     try:
-        if item.size > MAX_FILE_BYTES:
-            raise ImageRejected(f"too large: {item.size} bytes, the limit is {MAX_FILE_BYTES}")
-        return sanitise(reader.read(item), keep_warned=settings.keep_warned)
-    except ImageRejected as rejection:
-        reason = str(rejection)
-        if isinstance(rejection, ImageWarned):
-            rows.counts[WARNED_COUNT] += 1
+        data = reader.read(item)
     except SourceUnreadable as unreadable:
         if not settings.skip_unreadable:
             raise
-        reason = f"unreadable: {unreadable.__cause__}"
-    rows.quarantined.append({"name": item.name, "reason": reason})
-    return None
+        raise ImageRejected(f"unreadable: {unreadable.__cause__}") from unreadable
+    return sanitise(data, keep_warned=settings.keep_warned)
 
 
 def write_record(records: Path, number: int, record: ShardRecord) -> None:
@@ -198,17 +130,6 @@ def read_record(records: Path, number: int) -> ShardRecord | None:
         about = json.loads(archive["about"].tobytes())
         columns = {name: archive[name] for name in ROW_COLUMNS}
     return ShardRecord(ShardEntry(**about["entry"]), columns, about["quarantined"], about["counts"])
-
-
-def finished_record(number: int, output: Path, records: Path) -> ShardRecord | None:
-    """Return the record of a shard whose tar is there and hashes to it; None where it is to be packed."""
-    record = read_record(records, number)
-    if record is None or record.entry.rows == 0:
-        return record
-    path = output / record.entry.name
-    if not path.exists() or path.stat().st_size != record.entry.bytes:
-        return None
-    return record if file_sha256(path) == record.entry.sha256 else None
 
 
 def merged_columns(records: Sequence[ShardRecord], name: str) -> npt.NDArray[Any]:

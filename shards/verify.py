@@ -5,32 +5,35 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import google_crc32c
-import numpy as np
+import numpy.typing as npt
 import simplejpeg
 from tqdm import tqdm
 
 from common.errors import UserError
 from common.hashing import file_sha256
 from shards.format import (
+    BLOCK,
     INDEX_NAME,
     MANIFEST_NAME,
     WORK_FOLDER,
     Manifest,
     ShardEntry,
+    add_sample,
     load_manifest,
     name_uid,
+    open_tar,
+    padded,
     plain_key,
+    read_index,
+    sample_json,
     unique_key,
 )
-from shards.index import ShardIndex, read_index
-from shards.shard_writer import label_text, sample_json
-from shards.tar_format import BLOCK, add_sample, open_tar, padded
 from shards.workers import check_stop, run_jobs
 
 _LAST_DESCRIPTION = 1 << 16  # bytes that hold any description, where no next sample tells its end
@@ -45,25 +48,27 @@ class Fault:
     what: str
 
     def __str__(self) -> str:
-        """Return the fault in one line."""
         return f"{self.file}: " + ("" if self.row is None else f"row {self.row}: ") + self.what
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """The part of the index that concerns one shard, and its first row's number."""
+class _Shard:
+    """One tar and what is known of its rows, small enough to be sent to another process."""
 
-    first: int
-    index: ShardIndex
+    path: Path
+    entry: ShardEntry
+    class_names: tuple[str, ...]
+    decode_every: int  # decode the rows whose number it divides; 0 decodes none
+    rows: range  # their numbers; empty where the index is damaged
+    columns: Mapping[str, npt.NDArray[Any]]  # the index of these rows
 
-    def numbers(self) -> range:
-        """Return the numbers of its rows."""
-        return range(self.first, self.first + len(self.index))
+    def of_row(self, row: int, *columns: str) -> list[int]:
+        """Return entries of the index."""
+        return [int(self.columns[name][row - self.rows.start]) for name in columns]
 
-    def sample_start(self, row: int) -> int:
-        """Return where a row's sample begins: two headers and the label before its JPEG."""
-        place = row - self.first
-        return int(self.index.offset[place]) - 2 * BLOCK - padded(len(label_text(int(self.index.label[place]))))
+    def fault(self, what: str, row: int | None = None) -> Fault:
+        """Return a fault of this shard."""
+        return Fault(self.entry.name, row, what)
 
 
 def verify(
@@ -88,32 +93,34 @@ def verify(
         raise UserError(f"decode is {decode}. It is a share of the rows: 0 to 1.")
     manifest = load_manifest(folder)
     faults = list(_listed_files(folder, manifest))
+    columns: dict[str, npt.NDArray[Any]] = {}
     try:
-        index = read_index(folder, manifest)
+        columns = vars(read_index(folder, manifest))
     except (UserError, OSError) as error:
         faults.append(Fault(INDEX_NAME, None, f"shards are checked by hash alone, since {error}"))
-        index = None
     total = sum(shard.bytes for shard in manifest.shards)
-    every = round(1 / decode) if decode else 0
     processes = min(workers or len(os.sched_getaffinity(0)), len(manifest.shards))
-    jobs = ((folder, manifest, k, _rows_of(index, manifest, k), every) for k in range(len(manifest.shards)))
-    of_shards: dict[int, list[Fault]] = {}
+    jobs = _shards(folder, manifest, columns, round(1 / decode) if decode else 0)
+    of_shards: dict[str, list[Fault]] = {}
     with tqdm(total=total, desc="verifying", unit="B", unit_scale=True, disable=not progress) as bar:
 
-        def report(checked: tuple[int, list[Fault]]) -> None:
-            number, of_shards[number] = checked
-            bar.update(manifest.shards[number].bytes)
+        def report(checked: tuple[ShardEntry, list[Fault]]) -> None:
+            of_shards[checked[0].name] = checked[1]
+            bar.update(checked[0].bytes)
 
         run_jobs(_verify_shard, jobs, processes, report)
-    return faults + [fault for number in sorted(of_shards) for fault in of_shards[number]]
+    return faults + [fault for shard in manifest.shards for fault in of_shards[shard.name]]
 
 
-def _rows_of(index: ShardIndex | None, manifest: Manifest, shard: int) -> _Rows | None:
-    if index is None:
-        return None
-    first = sum(entry.rows for entry in manifest.shards[:shard])
-    part = slice(first, first + manifest.shards[shard].rows)
-    return _Rows(first, ShardIndex(**{name: column[part] for name, column in vars(index).items()}))
+def _shards(
+    folder: Path, manifest: Manifest, columns: Mapping[str, npt.NDArray[Any]], decode_every: int
+) -> Iterator[_Shard]:
+    first = 0
+    for entry in manifest.shards:
+        rows = range(first, first + entry.rows) if columns else range(0)
+        of_rows = {name: column[rows.start : rows.stop] for name, column in columns.items()}
+        yield _Shard(folder / entry.name, entry, manifest.class_names, decode_every, rows, of_rows)
+        first += entry.rows
 
 
 def _listed_files(folder: Path, manifest: Manifest) -> Iterator[Fault]:
@@ -123,120 +130,108 @@ def _listed_files(folder: Path, manifest: Manifest) -> Iterator[Fault]:
     for name in sorted(listed - present):
         yield Fault(name, None, "missing, though the manifest lists it")
     for name in sorted(present - listed - {MANIFEST_NAME}):
-        if name == WORK_FOLDER:
-            yield Fault(name, None, "left over from packing; run the pack command again to remove it")
-        else:
-            yield Fault(name, None, "extra: not in the manifest")
+        left_over = "left over from packing; run the pack command again to remove it"
+        yield Fault(name, None, left_over if name == WORK_FOLDER else "extra: not in the manifest")
     for entry in manifest.files:
-        if entry.name == INDEX_NAME:  # hashed where it is read
-            continue
         path = folder / entry.name
+        if entry.name == INDEX_NAME or not path.is_file():  # the index is hashed where it is read
+            continue
         try:
-            same = not path.is_file() or file_sha256(path) == entry.sha256
+            if file_sha256(path) != entry.sha256:
+                size = path.stat().st_size
+                yield Fault(entry.name, None, f"sha256 differs ({size} bytes, the manifest says {entry.bytes})")
         except OSError as error:
             yield Fault(entry.name, None, f"cannot be read: {error.strerror}")
-            continue
-        if not same:
-            size = path.stat().st_size
-            yield Fault(entry.name, None, f"sha256 differs ({size} bytes, the manifest says {entry.bytes})")
 
 
-def _verify_shard(job: tuple[Path, Manifest, int, _Rows | None, int]) -> tuple[int, list[Fault]]:
+def _verify_shard(shard: _Shard) -> tuple[ShardEntry, list[Fault]]:
     """Check one tar by size and sha256; where they differ, look for the rows that are damaged."""
-    folder, manifest, number, rows, every = job
-    entry = manifest.shards[number]
-    path = folder / entry.name
+    path, entry = shard.path, shard.entry
     if not path.is_file():
-        return number, []
+        return entry, []
     size = path.stat().st_size
     try:
-        same = size == entry.bytes and file_sha256(path) == entry.sha256
-        faults = [] if same else _look_for_damage(path, entry, size, manifest, rows)
+        faults = [] if entry.is_whole_in(path.parent) else _look_for_damage(shard, size)
         damaged = {fault.row for fault in faults}
         with path.open("rb") as tar:
-            if rows is not None and every and size:
-                for row in rows.numbers():
-                    if row % every == 0 and row not in damaged:
-                        check_stop()
-                        faults.extend(_decode(tar, rows, row, entry.name))
+            for row in shard.rows if shard.decode_every and size else ():
+                if row % shard.decode_every == 0 and row not in damaged:
+                    check_stop()
+                    faults.extend(_decode(tar, shard, row))
     except OSError as error:
-        faults = [Fault(entry.name, None, f"cannot be read: {error.strerror}")]
-    return number, faults
+        faults = [shard.fault(f"cannot be read: {error.strerror}")]
+    return entry, faults
 
 
-def _look_for_damage(
-    path: Path, entry: ShardEntry, size: int, manifest: Manifest, rows: _Rows | None
-) -> list[Fault]:
+def _look_for_damage(shard: _Shard, size: int) -> list[Fault]:
     """Compare each sample with what packing writes: by the index, and by the name in its own description."""
-    faults = [] if size == entry.bytes else [f"{size} bytes, the manifest says {entry.bytes}"]
-    found = [Fault(entry.name, None, what) for what in faults]
-    if rows is None or size == 0:
-        return found or [Fault(entry.name, None, "its sha256 is not what the manifest says")]
-    with path.open("rb") as tar:
+    listed = shard.entry.bytes
+    faults = [] if size == listed else [shard.fault(f"{size} bytes, the manifest says {listed}")]
+    with shard.path.open("rb") as tar:
         start = 0
-        for row in rows.numbers():
+        for row in shard.rows if size else ():
             if start >= size:
                 missing = f"missing, with all later rows of the shard: the tar ends at byte {size}"
-                return [*found, Fault(entry.name, row, missing)]
+                return [*faults, shard.fault(missing, row)]
             # Where the description is damaged its length is not known: the next sample's place tells it.
-            following = rows.sample_start(row + 1) if row + 1 in rows.numbers() else None
-            what, end = _compare(tar, start, following, manifest, rows, row)
+            following = _sample_start(shard, row + 1) if row + 1 in shard.rows else None
+            what, end = _compare(tar, start, following, shard, row)
             if what:
-                found.append(Fault(entry.name, row, what))
+                faults.append(shard.fault(what, row))
             start = following or end
-        tar.seek(start)
-        tail = tar.read()
-    if tail != bytes(entry.bytes - start):
-        what = f"the end of the archive is not {entry.bytes - start} zeros from byte {start}"
-        found.append(Fault(entry.name, None, what))
-    return found or [Fault(entry.name, None, "its sha256 is not what the manifest says")]
+        if start:
+            tar.seek(start)
+            if tar.read() != bytes(listed - start):
+                faults.append(shard.fault(f"the end of the archive is not {listed - start} zeros from byte {start}"))
+    return faults or [shard.fault("its sha256 is not what the manifest says")]
 
 
-def _compare(
-    tar: BinaryIO, start: int, following: int | None, manifest: Manifest, rows: _Rows, row: int
-) -> tuple[str, int]:
+def _sample_start(shard: _Shard, row: int) -> int:
+    """Return where a sample begins: two headers and the label before its JPEG."""
+    offset, label = shard.of_row(row, "offset", "label")
+    return offset - 2 * BLOCK - padded(len(b"%d" % label))
+
+
+def _compare(tar: BinaryIO, start: int, following: int | None, shard: _Shard, row: int) -> tuple[str, int]:
     """Return what is wrong with a sample, empty if nothing is, and where it ends."""
-    place = row - rows.first
-    label, size, jpeg_start = (int(getattr(rows.index, name)[place]) for name in ("label", "size", "offset"))
+    label, size, offset, uid, crc32c = shard.of_row(row, "label", "size", "offset", "uid", "crc32c")
     tar.seek(start)
-    sample = tar.read((following or jpeg_start + padded(size) + _LAST_DESCRIPTION) - start)
-    jpeg = sample[jpeg_start - start : jpeg_start - start + size]
-    description = sample[jpeg_start - start + padded(size) + BLOCK :]
+    sample = tar.read((following or offset + padded(size) + _LAST_DESCRIPTION) - start)
+    jpeg = sample[offset - start : offset - start + size]
+    description = sample[offset - start + padded(size) + BLOCK :]
     try:
         name = json.loads(description.partition(b"\0")[0])["name"]
-        uid = name_uid(name)
+        found_uid = name_uid(name)
     except (ValueError, KeyError, TypeError, AttributeError):
-        return "its .json is cut, damaged or misplaced", following or jpeg_start + padded(size) + 2 * BLOCK
-    if uid != int(rows.index.uid[place]):
+        return "its .json is cut, damaged or misplaced", following or offset + padded(size) + 2 * BLOCK
+    if found_uid != uid:
         return f"its .json names {name!r}, whose id is not the index's", following or start
     unique = unique_key(name)
     key = unique if sample.startswith(unique.encode() + b".") else plain_key(name)[0]
-    class_name = manifest.class_names[label] if label >= 0 else ""
-    height, width = int(rows.index.height[place]), int(rows.index.width[place])
+    about = sample_json(name, shard.class_names[label] if label >= 0 else "", *shard.of_row(row, "height", "width"))
     expected = io.BytesIO()
-    json_text = sample_json(name, class_name, height, width)
-    add_sample(open_tar(expected), key, cls=label_text(label), jpg=jpeg.ljust(size, b"\0"), json=json_text)
+    add_sample(open_tar(expected), key, cls=b"%d" % label, jpg=jpeg.ljust(size, b"\0"), json=about)
     wanted = expected.getvalue()
-    if google_crc32c.value(jpeg) != int(rows.index.crc32c[place]):
-        return f"its JPEG of {size} bytes at {jpeg_start} does not match its crc32c", start + len(wanted)
+    end = start + len(wanted)
+    if google_crc32c.value(jpeg) != crc32c:
+        return f"its JPEG of {size} bytes at {offset} does not match its crc32c", end
     if sample[: len(wanted)] != wanted:
         pairs = zip(sample, wanted, strict=False)
         first = start + next((i for i, (a, b) in enumerate(pairs) if a != b), len(sample))
-        return f"header, label, description or padding at byte {first} is not what packing writes", start + len(wanted)
-    return "", start + len(wanted)
+        return f"header, label, description or padding at byte {first} is not what packing writes", end
+    return "", end
 
 
-def _decode(tar: BinaryIO, rows: _Rows, row: int, file: str) -> Iterator[Fault]:
-    place = row - rows.first
-    tar.seek(int(rows.index.offset[place]))
-    expected = (int(rows.index.height[place]), int(rows.index.width[place]), 3)
+def _decode(tar: BinaryIO, shard: _Shard, row: int) -> Iterator[Fault]:
+    offset, size, height, width = shard.of_row(row, "offset", "size", "height", "width")
+    tar.seek(offset)
     try:
-        found = simplejpeg.decode_jpeg(tar.read(int(rows.index.size[place])), strict=True).shape
+        found = simplejpeg.decode_jpeg(tar.read(size), strict=True).shape
     except ValueError as error:
-        yield Fault(file, row, f"its JPEG does not decode: {error}")
+        yield shard.fault(f"its JPEG does not decode: {error}", row)
         return
-    if found != expected:
-        yield Fault(file, row, f"decodes to {found}, the index says {expected}")
+    if found != (height, width, 3):
+        yield shard.fault(f"decodes to {found}, the index says {(height, width, 3)}", row)
 
 
 def describe_faults(faults: list[Fault], folder: Path, manifest: Manifest) -> str:
@@ -244,7 +239,7 @@ def describe_faults(faults: list[Fault], folder: Path, manifest: Manifest) -> st
     if not faults:
         total = sum(shard.bytes for shard in manifest.shards)
         return f"{folder}: {manifest.num_rows} rows in {len(manifest.shards)} shards, {total / 1e9:.2f} GB: whole."
-    files = np.unique([fault.file for fault in faults])
+    files = {fault.file for fault in faults}
     return (
         f"{folder}: {len(faults)} faults in {len(files)} files. Copy these files again from their source, or "
         "delete the folder and pack again."

@@ -19,12 +19,12 @@ from common.locks import file_lock
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
+_ORPHANS_END_WITHIN = 60.0  # seconds; a worker ends within milliseconds of its parent
+_stop: Any = None  # in a worker: the byte by which its parent tells it to stop
+
 
 class _Stopped(Exception):
     """Another worker failed or the user interrupted."""
-
-
-_stop: Any = None  # in a worker: the byte by which its parent tells it to stop
 
 
 def check_stop() -> None:
@@ -86,7 +86,9 @@ def run_jobs(
 def _report_finished(pending: set[Future[Result]], report: Callable[[Result], None]) -> set[Future[Result]]:
     finished: set[Future[Result]] = set()
     while not finished:
-        _let_interrupt_through()
+        # Held back so far, a Ctrl-C is delivered between these two calls, where this process holds no lock of the pool.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         finished, pending = wait(pending, timeout=0.1, return_when=FIRST_COMPLETED)
     for future in finished:
         report(future.result())
@@ -104,11 +106,6 @@ def _interrupts_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _let_interrupt_through() -> None:
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-
-
 def _start_worker(stop: Any, packed_in: Path | None) -> None:
     global _stop
     _stop = stop
@@ -119,23 +116,16 @@ def _start_worker(stop: Any, packed_in: Path | None) -> None:
 
 
 def _end_with_parent() -> None:
-    """Wait for the parent to die, and die: idle or not, a worker must not outlive it."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
+    # Of this thread alone, sys.exit would end nothing. Busy, idle or waiting, a worker must not outlive its parent.
     os._exit(1)
-
-
-_ORPHANS_END_WITHIN = 60.0  # seconds; a worker ends within milliseconds of its parent
 
 
 @contextmanager
 def only_packer(work: Path) -> Iterator[None]:
-    """Hold the folder of a packing in progress; wait for the workers of a killed packer to end.
-
-    Raises:
-        UserError: another packer holds it.
-    """
+    """Hold the folder of a packing in progress, or UserError; wait for the workers of a killed packer to end."""
     with file_lock(work / "lock", timeout=0) as held:
         if not held:
             raise UserError(

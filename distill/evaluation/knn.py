@@ -15,8 +15,7 @@ from distill.config import TrainConfig
 from distill.evaluation.features import LabelledCrops, Normalise, extract_features
 from pipeline.batch import normalise
 from pipeline.readers import CenterCropBatch, read_center_crops
-from shards.format import load_manifest
-from shards.index import load_index
+from shards.format import load_index, load_manifest
 
 TEMPERATURE = 0.07
 # Similarities held at once: 2^26 fp32 numbers are 256 MB.

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from common.errors import UserError
 from shards.format import UNKNOWN_LABEL
-from shards.sources.base import Container, Source, SourceItem, class_labels, is_image_name, pass_over
-from shards.sources.labels import LabelList
-
-SPLIT_NAMES = {"train", "val", "valid", "validation", "test"}
+from shards.sources.base import SPLIT_NAMES, Container, Source, SourceItem, by_folder, class_labels, is_image_name
+from shards.sources.labels import Classes, LabelList
 
 
-def class_folders(root: Path, classes: tuple[str, ...] | None) -> Source:
+def class_folders(root: Path, classes: Classes) -> Source:
     """Take `root/CLASS/**/IMAGE`: each folder directly in `root` is a class, empty ones too."""
     found = [entry.name for entry in _folders(root)]
     splits = sorted(name for name in found if name.lower() in SPLIT_NAMES)
@@ -23,58 +22,15 @@ def class_folders(root: Path, classes: tuple[str, ...] | None) -> Source:
             f"{root}: holds the folders {', '.join(splits)}, which are splits, not classes. "
             f"Pack each one for itself: {root / splits[0]}."
         )
-    names = class_labels(found, classes, str(root))
-    label_of = {name: label for label, name in enumerate(names)}
-    ignored: dict[str, int] = {}
-
-    def items() -> Iterator[SourceItem]:
-        ignored.clear()
-        for entry in sorted(os.scandir(root), key=lambda entry: entry.name):
-            if entry.is_dir() and not entry.name.startswith("."):
-                yield from _walk(entry.path, entry.name + "/", label_of[entry.name], ignored)
-            elif is_image_name(entry.name):
-                beside = "images beside the class folders"
-                ignored[beside] = ignored.get(beside, 0) + 1
-            else:
-                pass_over(ignored, entry.name)
-
-    kind = f"class folders ({len(names)} classes)"
-    return Source(kind, names, (Container(str(root.resolve()), 0, 0),), items, ignored)
+    label_of = class_labels(found, classes, root)
+    kind = f"class folders ({len(label_of)} classes)"
+    return Source(kind, tuple(label_of), (Container(str(root.resolve())),), lambda: _walk(root), by_folder(label_of))
 
 
-def flat_folder(root: Path, labels: LabelList | None) -> Source:
-    """Take the images below `root`, labelled by file name, or unlabelled where `labels` is None."""
-    ignored: dict[str, int] = {}
-
-    def items() -> Iterator[SourceItem]:
-        ignored.clear()
-        for item in _walk(str(root), "", UNKNOWN_LABEL, ignored):
-            yield item if labels is None else labelled(item, labels, root)
-
-    names = labels.class_names if labels else ()
-    folder = Container(str(root.resolve()), 0, 0)
-    return Source(f"a folder of images, {labels_in_words(labels)}", names, (folder,), items, ignored)
-
-
-def labels_in_words(labels: LabelList | None) -> str:
-    """Say where labels come from."""
-    return f"{len(labels.label_of)} labels from a list" if labels else "unlabelled (label -1)"
-
-
-def labelled(item: SourceItem, labels: LabelList, where: Path) -> SourceItem:
-    """Give an item its label by file name and the name that it would have in class folders.
-
-    Raises:
-        UserError: the list has no entry for the file.
-    """
-    base = item.name.rpartition("/")[2]
-    label = labels.label_of.get(base)
-    if label is None:
-        raise UserError(
-            f"{where}: {base} has no entry in the list of labels ({len(labels.label_of)} entries). "
-            "Pass the list that belongs to these images, or `--labels none` to pack without labels."
-        )
-    return item._replace(name=f"{labels.class_names[label]}/{base}", label=label)
+def flat_folder(root: Path, labels: LabelList) -> Source:
+    """Take the images below `root`, labelled by file name."""
+    kind, by_name = f"a folder of images, {labels}", partial(labels.name_and_label, where=root)
+    return Source(kind, labels.class_names, (Container(str(root.resolve())),), lambda: _walk(root), by_name)
 
 
 def has_images_in_folders(root: Path) -> bool:
@@ -87,22 +43,17 @@ def _folders(root: Path) -> list[os.DirEntry[str]]:
     return [entry for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith(".")]
 
 
-def _walk(
-    folder: str, prefix: str, label: int, ignored: dict[str, int], depth: int = 0
-) -> Iterator[SourceItem]:
-    if depth > 32:
+def _walk(folder: Path | str, prefix: str = "", depth: int = 0) -> Iterator[SourceItem]:
+    if depth > 33:
         raise UserError(f"{folder}: folders nested deeper than 32. A link that leads back? Remove it.")
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         name = prefix + entry.name
-        if entry.is_dir():
-            if not entry.name.startswith("."):
-                yield from _walk(entry.path, name + "/", label, ignored, depth + 1)
-        elif is_image_name(entry.name):
+        if not entry.is_dir():
             try:
                 status = entry.stat()
                 size, mtime = status.st_size, status.st_mtime_ns
             except OSError:  # a dangling link: the packer meets it again, and says so
                 size, mtime = 0, 0
-            yield SourceItem(name, name, 0, 0, size, mtime, label)
-        else:
-            pass_over(ignored, entry.name)
+            yield SourceItem(name, name, 0, 0, size, mtime, UNKNOWN_LABEL)
+        elif not entry.name.startswith("."):
+            yield from _walk(entry.path, name + "/", depth + 1)

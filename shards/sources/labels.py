@@ -6,11 +6,13 @@ import csv
 import io
 import json
 import tarfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import UserError
+from shards.format import UNKNOWN_LABEL
+
+Classes = tuple[str, ...] | None  # in label order; None stands for those that are found, sorted
 
 _GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 _META = "meta.mat"
@@ -27,11 +29,30 @@ FILES_BESIDE = ("ILSVRC2012_devkit_t12.tar.gz", "ILSVRC2012_devkit_t12", "LOC_va
 class LabelList:
     """The label of each file name and the classes in label order."""
 
-    label_of: dict[str, int]
+    label_of: dict[str, int] | None  # None, and no classes: all images stay unlabelled
     class_names: tuple[str, ...]
 
+    def __str__(self) -> str:
+        return "unlabelled (label -1)" if self.label_of is None else f"{len(self.label_of)} labels from a list"
 
-def load_labels(path: Path, classes: tuple[str, ...] | None) -> LabelList:
+    def name_and_label(self, name: str, where: Path) -> tuple[str, int]:
+        """Return the name that an image would have in class folders, and its label; UserError if it is not listed."""
+        if self.label_of is None:
+            return name, UNKNOWN_LABEL
+        base = name.rpartition("/")[2]
+        label = self.label_of.get(base)
+        if label is None:
+            raise UserError(
+                f"{where}: {base} has no entry in the list of labels ({len(self.label_of)} entries). "
+                "Pass the list that belongs to these images, or `--labels none` to pack without labels."
+            )
+        return f"{self.class_names[label]}/{base}", label
+
+
+UNLABELLED = LabelList(None, ())
+
+
+def load_labels(path: Path, classes: Classes) -> LabelList:
     """Read a list of labels, whatever its form; classes are sorted unless `classes` gives their order.
 
     Raises:
@@ -86,14 +107,13 @@ def _find(folder: Path, name: str) -> Path:
     raise UserError(f"{folder}: holds no {name}, neither here nor in data/. {_FORMS}")
 
 
-def _from_devkit_tar(path: Path, classes: tuple[str, ...] | None) -> LabelList:
+def _from_devkit_tar(path: Path, classes: Classes) -> LabelList:
     found: dict[str, bytes] = {}
     try:
         with tarfile.open(path, "r:gz" if path.name.endswith("gz") else "r:") as archive:
             for member in archive:
                 base = member.name.rpartition("/")[2]
-                content = archive.extractfile(member) if base in (_GROUND_TRUTH, _META) else None
-                if content is not None:
+                if base in (_GROUND_TRUTH, _META) and (content := archive.extractfile(member)) is not None:
                     found[base] = content.read()
     except (tarfile.TarError, OSError, EOFError) as error:
         raise UserError(f"{path}: cannot be read as a tar ({error}). Download the devkit again.") from error
@@ -103,17 +123,17 @@ def _from_devkit_tar(path: Path, classes: tuple[str, ...] | None) -> LabelList:
     return _from_devkit(found[_GROUND_TRUTH].decode(), found[_META], path, classes)
 
 
-def _from_devkit(truth: str, meta: bytes, where: Path, classes: tuple[str, ...] | None) -> LabelList:
+def _from_devkit(truth: str, meta: bytes, where: Path, classes: Classes) -> LabelList:
     """Map the devkit's own ids, line i for validation image i, to wnids by the order in meta.mat."""
     wnid_of = _wnids_of_devkit(meta, where)
     named: dict[str, str] = {}
-    for number, line in enumerate(truth.split(), 1):
-        if int(line) not in wnid_of:
+    for number, class_id in enumerate(truth.split(), 1):
+        if int(class_id) not in wnid_of:
             raise UserError(
-                f"{where}: line {number} of the ground truth is class id {line}, {_META} has no such leaf class "
+                f"{where}: line {number} of the ground truth is class id {class_id}, {_META} has no such leaf class "
                 f"among {len(wnid_of)}. The two files do not belong together: take both from one devkit."
             )
-        named[_VAL_IMAGE.format(number)] = wnid_of[int(line)]
+        named[_VAL_IMAGE.format(number)] = wnid_of[int(class_id)]
     return _named(named, where, classes or tuple(sorted(wnid_of.values())))
 
 
@@ -128,11 +148,8 @@ def _wnids_of_devkit(meta: bytes, where: Path) -> dict[int, str]:
         ) from error
     try:
         synsets = loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
-        return {
-            int(synset["ILSVRC2012_ID"]): str(synset["WNID"])
-            for synset in synsets
-            if int(synset["num_children"]) == 0
-        }
+        leaves = [synset for synset in synsets if int(synset["num_children"]) == 0]
+        return {int(synset["ILSVRC2012_ID"]): str(synset["WNID"]) for synset in leaves}
     except (MatReadError, ValueError, KeyError, TypeError, IndexError, OSError) as error:
         raise UserError(
             f"{where}: {_META} cannot be read ({error}). Take it from ILSVRC2012_devkit_t12.tar.gz again."
@@ -147,21 +164,19 @@ def _kaggle_rows(path: Path) -> dict[str, str]:
     return {f"{image}.JPEG": boxes.split()[0] for image, boxes in rows[1:]}
 
 
-def _named(named: dict[str, str], where: Path, classes: tuple[str, ...] | None) -> LabelList:
+def _named(named: dict[str, str], where: Path, classes: Classes) -> LabelList:
     """Turn class names, or numbers where all are numbers, into labels."""
-    found = set(named.values())
-    label: Callable[[str], int]
+    found = sorted(set(named.values()))
     if all(name.isdigit() for name in found):
-        label = int
-        names = classes or tuple(str(number) for number in range(max(map(int, found)) + 1))
-        missing = [name for name in found if int(name) >= len(names)]
+        label_of = {name: int(name) for name in found}
+        names = classes or tuple(str(number) for number in range(max(label_of.values(), default=-1) + 1))
     else:
-        names = classes or tuple(sorted(found))
-        label = {name: number for number, name in enumerate(names)}.__getitem__
-        missing = sorted(found - set(names))
+        names = classes or tuple(found)
+        label_of = {name: label for label, name in enumerate(names)}
+    missing = [name for name in found if label_of.get(name, len(names)) >= len(names)]
     if missing:
         raise UserError(
             f"{where}: class {missing[0]!r} is not among the {len(names)} classes given. "
             "Give the class list that these labels belong to."
         )
-    return LabelList({file: label(name) for file, name in named.items()}, names)
+    return LabelList({file: label_of[name] for file, name in named.items()}, names)

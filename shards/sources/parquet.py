@@ -16,41 +16,29 @@ from common.errors import UserError
 from common.hashing import canonical_json
 from shards.format import UNKNOWN_LABEL
 from shards.sources.base import Container, Source, SourceItem, class_labels, file_container
+from shards.sources.labels import Classes
 
-_SPLIT = re.compile(r"(?P<split>.+?)-\d{5}-of-\d{5}.*\.parquet$")
-_WNID = re.compile(r"n\d{8}")
-_INTEGER = re.compile(r"u?int(8|16|32|64)")
 _BATCH_ROWS = 64
 
 
 def find_parquet(root: Path, split: str | None) -> list[Path]:
-    """Return the parquet files of a split in a folder or its `data/`, or the file; empty where there are none.
-
-    Raises:
-        UserError: several splits lie there and none was chosen, or the chosen one is not there.
-    """
-    if root.is_file():
-        return [root]
+    """Return the parquet files of a split, here or in `data/`; UserError where it is not there, or one of several."""
     found = sorted(root.glob("*.parquet")) or sorted(root.glob("data/*.parquet"))
     files = [file for file in found if not file.name.startswith(".")]
     splits: dict[str, list[Path]] = {}
     for file in files:
-        match = _SPLIT.match(file.name)
-        splits.setdefault(match["split"] if match else "", []).append(file)
+        match = re.match(r"(.+?)-\d{5}-of-\d{5}.*\.parquet$", file.name)
+        splits.setdefault(match[1] if match else "", []).append(file)
     if split is not None and files:
         if split not in splits:
             raise UserError(f"{root}: no split {split!r} among {sorted(splits)}. Give one of these by --split.")
         return splits[split]
     if len(splits) > 1:
-        raise UserError(
-            f"{root}: holds the splits {sorted(splits)}. Choose one by --split; pack each for itself."
-        )
+        raise UserError(f"{root}: holds the splits {sorted(splits)}. Choose one by --split; pack each for itself.")
     return files
 
 
-def parquet_source(
-    files: Sequence[Path], classes: tuple[str, ...] | None, image_column: str, label_column: str
-) -> Source:
+def parquet_source(files: Sequence[Path], classes: Classes, image_column: str, label_column: str) -> Source:
     """Take parquet files with an image column (a struct with `bytes`, or binary) and a label column.
 
     The source stages its images as plain bytes, since a shuffled order reads rows one by one, and parquet
@@ -59,97 +47,76 @@ def parquet_source(
     Raises:
         UserError: pyarrow is not installed, a file is damaged, or a column is missing.
     """
-    first = _open(files[0])
-    columns = first.schema_arrow.names
-    if image_column not in columns:
+    with _open(files[0]) as first:
+        schema = first.schema_arrow
+    if image_column not in schema.names:
         raise UserError(
-            f"{files[0]}: no column {image_column!r}, but {columns}. Name the images' column by --image-column."
+            f"{files[0]}: no column {image_column!r}, but {schema.names}. Name the images' column by --image-column."
         )
-    has_labels = label_column in columns
-    if has_labels:
-        _check_label_type(first, files[0], label_column)
-    given = _class_names(first.schema_arrow.metadata or {}, label_column)
-    first.close()
+    has_labels = label_column in schema.names
+    columns = [image_column, label_column] if has_labels else [image_column]
+    label_type = str(schema.field(label_column).type) if has_labels else "int64"
+    if not re.fullmatch(r"u?int(8|16|32|64)", label_type):
+        raise UserError(
+            f"{files[0]}: the labels in column {label_column!r} are of type {label_type}, not integers. Name the "
+            "column of integer labels by --label-column, or one that is not there to pack without labels."
+        )
+    given = _class_names(schema.metadata or {}, label_column)
     containers = tuple(file_container(file) for file in files)
+    kind = f"{len(files)} parquet files{'' if has_labels else ', unlabelled (label -1)'}"
 
     def stage(folder: Path, progress: bool) -> Source:
-        label = label_column if has_labels else None
-        return _stage(kind, containers, folder, _Columns(image_column, label), given, classes, progress)
+        """Write each parquet file's images one after another into a plain file; finished ones are kept."""
+        folder.mkdir(exist_ok=True)
+        remove_temporaries(folder)
+        total = sum(container.size for container in containers)
+        with tqdm(total=total, desc="staging", unit="B", unit_scale=True, disable=not progress) as bar:
+            for number, container in enumerate(containers):
+                if not _is_staged(folder, number, container):
+                    _stage_file(folder, number, container, columns)
+                bar.update(container.size)
+        return _staged(kind, folder, containers, given, classes)
 
-    kind = f"{len(files)} parquet files{'' if has_labels else ', unlabelled (label -1)'}"
     return Source(kind, (), containers, _not_staged, stage=stage)
-
-
-def _check_label_type(parquet: Any, file: Path, column: str) -> None:
-    found = str(parquet.schema_arrow.field(column).type)
-    if not _INTEGER.fullmatch(found):
-        raise UserError(
-            f"{file}: the labels in column {column!r} are of type {found}, not integers. Name the column of "
-            "integer labels by --label-column, or one that is not there to pack without labels."
-        )
-
-
-class _Columns:
-    def __init__(self, image: str, label: str | None) -> None:
-        self.image, self.label = image, label
-        self.names = [image] if label is None else [image, label]
 
 
 def _not_staged() -> Iterator[SourceItem]:
     raise AssertionError("a parquet source is staged before it is listed")
 
 
-def _stage(
-    kind: str,
-    containers: Sequence[Container],
-    folder: Path,
-    columns: _Columns,
-    given: tuple[str, ...] | None,
-    classes: tuple[str, ...] | None,
-    progress: bool,
-) -> Source:
-    """Write each parquet file's images one after another into a plain file; finished ones are kept."""
-    folder.mkdir(exist_ok=True)
-    remove_temporaries(folder)
-    total = sum(container.size for container in containers)
-    with tqdm(total=total, desc="staging", unit="B", unit_scale=True, disable=not progress) as bar:
-        for number, container in enumerate(containers):
-            if not _is_staged(folder, number, container):
-                _stage_file(folder, number, container, columns)
-            bar.update(container.size)
-    tables = [_read_table(folder, number) for number in range(len(containers))]
-    largest = max((int(labels.max(initial=-1)) for _, labels, _ in tables), default=-1)
+def _staged(kind: str, folder: Path, containers: Sequence[Container], given: Classes, classes: Classes) -> Source:
+    largest = max(max(_read_table(folder, number)[1], default=-1) for number in range(len(containers)))
     names, relabel = _final_classes(given, classes, largest, containers[0].path)
-    blobs = tuple(file_container(folder / f"{number:05d}.bin") for number in range(len(containers)))
 
-    def items() -> Iterator[SourceItem]:
+    def files() -> Iterator[SourceItem]:
         for number, container in enumerate(containers):
-            sizes, labels, paths = _read_table(folder, number)
             offset, stem = 0, Path(container.path).stem
-            for row, (size, label, path) in enumerate(
-                zip(sizes.tolist(), labels.tolist(), paths, strict=True)
-            ):
+            for row, (size, label, path) in enumerate(zip(*_read_table(folder, number), strict=True)):
                 name = path or f"{stem}/{row:08d}"
                 yield SourceItem(name, "", number, offset, size, 0, relabel[label] if label >= 0 else label)
                 offset += size
 
-    return Source(kind, names, blobs, items)
+    blobs = tuple(file_container(folder / f"{number:05d}.bin") for number in range(len(containers)))
+    return Source(kind, names, blobs, files)
 
 
-def _stage_file(folder: Path, number: int, container: Container, columns: _Columns) -> None:
+def _stage_file(folder: Path, number: int, container: Container, columns: list[str]) -> None:
     sizes: list[int] = []
     labels: list[int] = []
     paths: list[str] = []
-    parquet = _open(Path(container.path))
-    with parquet, open_atomic(folder / f"{number:05d}.bin") as blob:
-        for batch in parquet.iter_batches(batch_size=_BATCH_ROWS, columns=columns.names):
-            images = batch.column(columns.image).to_pylist()
-            found = batch.column(columns.label).to_pylist() if columns.label else [UNKNOWN_LABEL] * len(images)
+    with _open(Path(container.path)) as parquet, open_atomic(folder / f"{number:05d}.bin") as blob:
+        for batch in parquet.iter_batches(batch_size=_BATCH_ROWS, columns=columns):
+            images = batch.column(columns[0]).to_pylist()
+            found = batch.column(columns[1]).to_pylist() if len(columns) == 2 else [None] * len(images)
             for image, label in zip(images, found, strict=True):
-                data, path = _image_bytes(image, container.path, len(sizes))
+                where = f"{container.path}: row {len(sizes)}"
+                data, path = _image_bytes(image, where)
                 blob.write(data)
+                label = UNKNOWN_LABEL if label is None else label
+                if not UNKNOWN_LABEL <= label < 1 << 31:
+                    raise UserError(f"{where} has the label {label}. Labels are 0 and up, -1 where unknown.")
                 sizes.append(len(data))
-                labels.append(UNKNOWN_LABEL if label is None else _label(label, container.path, len(labels)))
+                labels.append(label)
                 paths.append(path)
         if sum(sizes) == 0:
             raise UserError(f"{container.path}: holds no image bytes. Check the file and --image-column.")
@@ -162,22 +129,16 @@ def _stage_file(folder: Path, number: int, container: Container, columns: _Colum
     write_atomic(folder / f"{number:05d}.npz", lambda file: np.savez(file, allow_pickle=False, **arrays))
 
 
-def _image_bytes(image: Any, file: str, row: int) -> tuple[bytes, str]:
+def _image_bytes(image: Any, where: str) -> tuple[bytes, str]:
     """Return the bytes and the path of one cell; an absent image is empty bytes, which packing quarantines."""
     if isinstance(image, dict):
         return image.get("bytes") or b"", image.get("path") or ""
     if image is None or isinstance(image, bytes):
         return image or b"", ""
     raise UserError(
-        f"{file}: row {row} holds a {type(image).__name__} for an image, not bytes. "
+        f"{where} holds a {type(image).__name__} for an image, not bytes. "
         "Name the column of encoded images by --image-column."
     )
-
-
-def _label(label: int, file: str, row: int) -> int:
-    if not UNKNOWN_LABEL <= label < 1 << 31:
-        raise UserError(f"{file}: row {row} has the label {label}. Labels are 0 and up, -1 where unknown.")
-    return label
 
 
 def _is_staged(folder: Path, number: int, container: Container) -> bool:
@@ -194,35 +155,30 @@ def _is_staged(folder: Path, number: int, container: Container) -> bool:
     return True
 
 
-def _read_table(folder: Path, number: int) -> tuple[Any, Any, list[str]]:
+def _read_table(folder: Path, number: int) -> tuple[list[int], list[int], list[str]]:
+    """Return sizes, labels and paths of a staged file's images."""
     with np.load(folder / f"{number:05d}.npz") as archive:
-        return archive["sizes"], archive["labels"], json.loads(archive["about"].tobytes())["paths"]
+        paths = json.loads(archive["about"].tobytes())["paths"]
+        return archive["sizes"].tolist(), archive["labels"].tolist(), paths
 
 
-def _class_names(metadata: dict[bytes, bytes], label_column: str) -> tuple[str, ...] | None:
+def _class_names(metadata: dict[bytes, bytes], label_column: str) -> Classes:
     """Return the names that Hugging Face keeps of a ClassLabel column, None where there are none."""
     try:
-        features = json.loads(metadata[b"huggingface"])["info"]["features"]
-        return tuple(features[label_column]["names"])
+        return tuple(json.loads(metadata[b"huggingface"])["info"]["features"][label_column]["names"])
     except (KeyError, TypeError, ValueError):
         return None
 
 
-def _final_classes(
-    given: tuple[str, ...] | None, classes: tuple[str, ...] | None, largest: int, where: str
-) -> tuple[tuple[str, ...], list[int]]:
+def _final_classes(given: Classes, classes: Classes, largest: int, where: str) -> tuple[tuple[str, ...], list[int]]:
     """Return the classes in label order and the final label of each label in the files.
 
     Labels keep their order, as Hugging Face's ImageNet is in the order of sorted wnids already, unless the
     names are wnids out of order, or `classes` gives another order of the same names.
     """
-    if given is None:
-        names = classes or tuple(str(label) for label in range(largest + 1))
-        order = names
-    else:
-        wnids = all(_WNID.fullmatch(name) for name in given)
-        names = class_labels(list(given), classes, where) if classes or wnids else given
-        order = given
+    names = order = given or classes or tuple(str(label) for label in range(largest + 1))
+    if given and (classes or all(re.fullmatch(r"n\d{8}", name) for name in given)):
+        names = tuple(class_labels(given, classes, where))
     if largest >= len(order):
         raise UserError(f"{where}: label {largest}, but {len(order)} classes are named. Give --classes.")
     position = {name: label for label, name in enumerate(names)}

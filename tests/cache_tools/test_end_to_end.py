@@ -24,8 +24,7 @@ from distill.models import create_vit
 from distill.teacher import FrozenTeacher, TeacherTargets, load_teacher
 from pipeline.batch import MultiCropBatch
 from pipeline.loader import open_loader
-from shards.format import load_manifest
-from shards.index import load_index
+from shards.format import load_index, load_manifest
 from shards.pack import pack
 
 SIZE, PATCH, DIM = 32, 8, 64

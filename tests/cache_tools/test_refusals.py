@@ -17,7 +17,7 @@ from cache_tools.read import TeacherCache
 from cache_tools.verify import repair_cache, verify_cache
 from common.errors import UserError
 from pipeline.augmentation import preset
-from shards.index import ShardIndex
+from shards.format import ShardIndex
 from tests.cache_tools.synthetic import SyntheticReader, SyntheticTeacher, synthetic_batch, synthetic_request
 
 BuildSmall = Callable[..., Path]

@@ -22,7 +22,7 @@ from common.errors import UserError
 from shards.__main__ import main
 from shards.format import WORK_FOLDER, load_manifest
 from shards.pack import pack
-from shards.sources.recognise import SourceOptions
+from shards.sources import SourceOptions
 from shards.workers import only_packer
 
 

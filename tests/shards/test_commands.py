@@ -14,7 +14,7 @@ from PIL import Image
 
 from shards.__main__ import main
 from shards.folder import ShardFolder
-from shards.index import load_index
+from shards.format import load_index
 from shards.inspection import find_row
 
 

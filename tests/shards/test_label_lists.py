@@ -13,9 +13,9 @@ import pytest
 
 from common.errors import UserError
 from shards.pack import pack
+from shards.sources import SourceOptions
 from shards.sources.folders import class_folders
 from shards.sources.labels import load_labels
-from shards.sources.recognise import SourceOptions
 from shards.workers import hold_as_worker, only_packer
 
 

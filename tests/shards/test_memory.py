@@ -22,7 +22,7 @@ import json, sys
 from pathlib import Path
 import numpy as np
 from shards.format import ShardEntry
-from shards.index import COLUMN_DTYPES, write_index
+from shards.format import COLUMN_DTYPES, write_index
 from shards.shard_writer import ROW_COLUMNS, ShardRecord, merged_columns, read_record, write_record
 
 folder, num_rows = Path(sys.argv[1]), int(sys.argv[2])

@@ -18,10 +18,9 @@ import pytest
 from common.atomic import explain_disk_errors, write_atomic
 from common.errors import UserError
 from shards.__main__ import main
-from shards.format import name_uid
-from shards.index import load_index
+from shards.format import load_index, name_uid
 from shards.pack import pack
-from shards.sources.recognise import SourceOptions, recognise
+from shards.sources import SourceOptions, recognise
 from shards.verify import verify
 
 ROOT = Path(__file__).parents[2]

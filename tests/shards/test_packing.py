@@ -16,10 +16,18 @@ import pytest
 import simplejpeg
 
 from common.errors import UserError
-from shards.format import RowFlag, is_key, load_manifest, name_uid, plain_key
-from shards.index import ShardIndex, load_index
+from shards.format import (
+    RowFlag,
+    ShardIndex,
+    add_sample,
+    is_key,
+    load_index,
+    load_manifest,
+    name_uid,
+    open_tar,
+    plain_key,
+)
 from shards.pack import pack, summary
-from shards.tar_format import add_sample, open_tar
 from shards.verify import verify
 
 MakeFolders = Callable[[Path, int, int], dict[str, bytes]]

@@ -138,6 +138,24 @@ def _samples() -> dict[str, bytes]:
 _SAMPLES = _samples()
 
 
+def test_a_sampling_that_simplejpeg_has_no_name_for_is_reencoded_as_pillow_reads_it() -> None:
+    gradient = np.linspace(0, 255, 64 * 64 * 3).reshape(64, 64, 3).astype(np.uint8)
+    jpeg = bytearray(simplejpeg.encode_jpeg(gradient, colorsubsampling="411"))
+    jpeg[jpeg.index(b"\xff\xc0") + 11] = 0x14  # luma 1x4: the blocks of 4:1:1 stand one below the other in 4:4:1
+    stored = sanitise(bytes(jpeg))
+    assert (stored.origin, stored.height, stored.width) == ("JPEG of unusual sampling", 64, 64)
+    by_pillow = np.asarray(Image.open(io.BytesIO(jpeg)).convert("RGB")).astype(int)
+    assert np.abs(simplejpeg.decode_jpeg(stored.jpeg) - by_pillow).mean() < MEAN_ERROR
+
+
+def test_the_reason_of_a_rejection_is_the_same_each_time() -> None:
+    jpeg = _SAMPLES["444"]
+    frame = jpeg.index(b"\xff\xc0")
+    two_components = b"\xff\xc0\x00\x0e" + jpeg[frame + 4 : frame + 9] + b"\x02" + jpeg[frame + 10 : frame + 16]
+    with pytest.raises(ImageRejected, match=r"^damaged JPEG: Pillow cannot identify it$"):
+        sanitise(jpeg[:frame] + two_components + jpeg[frame + 19 :])
+
+
 @settings(max_examples=300, deadline=None)
 @given(st.data())
 def test_whatever_the_bytes_an_image_is_stored_or_rejected(data: st.DataObject) -> None:

@@ -15,11 +15,10 @@ import numpy as np
 import pytest
 
 from common.errors import UserError
-from shards.format import Manifest, name_uid
-from shards.index import load_index
+from shards.format import Manifest, load_index, name_uid
 from shards.pack import pack
+from shards.sources import SourceOptions, recognise
 from shards.sources.labels import load_classes
-from shards.sources.recognise import SourceOptions, recognise
 
 Files = dict[str, bytes]
 VAL_NAME = "ILSVRC2012_val_{:08d}.JPEG"

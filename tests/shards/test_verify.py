@@ -10,10 +10,8 @@ from pathlib import Path
 import pytest
 
 from common.errors import UserError
-from shards.format import load_manifest
-from shards.index import load_index
+from shards.format import load_index, load_manifest, padded
 from shards.pack import pack
-from shards.tar_format import padded
 from shards.verify import Fault, verify
 
 MakeFolders = Callable[[Path, int, int], dict[str, bytes]]

@@ -23,7 +23,7 @@ from common.command import run_command
 from common.errors import UserError
 from distill.checkpoint import CheckpointWriter, load_newest
 from distill.config import TrainConfig, write_or_check_config
-from distill.evaluation.knn import student_knn
+from distill.evaluation.measures import student_knn
 from distill.gradients import check_compiled_gradients, term_gradient_norms
 from distill.metrics import MetricsLog
 from distill.models import create_student

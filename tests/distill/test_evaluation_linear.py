@@ -155,7 +155,7 @@ def test_sgd_equals_torchs_sgd_for_each_learning_rate() -> None:
     features, labels = clusters(96, 3, 5, seed=7)
     features = features.float()
     protocol = SgdProtocol(learning_rates=(0.1, 0.5), epochs=10, batch_size=32)
-    ours = fit_sgd(features, labels, num_classes=3, learning_rates=(0.1, 0.5), protocol=protocol, seed=3)
+    ours = fit_sgd(features, labels, num_classes=3, protocol=protocol, seed=3)
     for index, base in enumerate((0.1, 0.5)):
         generator = torch.Generator().manual_seed(3)
         layer = nn.Linear(5, 3)

@@ -27,23 +27,23 @@ from tqdm import tqdm
 from common.atomic import write_atomic
 from common.device import pick_device
 from common.errors import UserError, run_command
-from distill.config import TrainConfig
+from distill.config import TrainConfig, load_config
 from distill.evaluation import figures
 from distill.evaluation.features import (
     FeatureModel,
     Features,
     FeatureSet,
+    ProbedModel,
     extract_features_of,
     extract_patch_tokens,
     feature_sets,
+    load_probed,
     model_depth,
 )
-from distill.evaluation.knn import TEMPERATURE, knn_accuracy
 from distill.evaluation.linear import LbfgsProtocol, LinearProtocol, best_result, linear_probe, subset_rows
 from distill.evaluation.logistic import SgdProtocol
-from distill.evaluation.metrics import cosine_to_teacher, paint_patches, rankme
+from distill.evaluation.measures import TEMPERATURE, cosine_to_teacher, knn_accuracy, rankme
 from distill.evaluation.report import ModelReport, ProbeReport, Protocol, results_table, write_probe_json
-from distill.evaluation.sources import ProbedModel, SourceContext, load_source, read_run
 from pipeline.backend import choose_backend
 from pipeline.readers import CenterCropBatch, read_center_crops
 from shards.format import load_index, load_manifest
@@ -158,22 +158,18 @@ def probe(config: ProbeConfig) -> ProbeReport:
     Raises:
         UserError: bad options, shards without labels, or what loading a model raises.
     """
-    run = read_run(config.run) if config.run is not None else None
+    run = load_config(Path(config.run)) if config.run is not None else None
     output = output_folder(config)
     stage = make_stage(config, run)
     data = read_data(config, run)
 
     # Models: the student of the run, its teacher, random weights; all in fp32 weights, run at one dtype.
-    context = SourceContext(
-        run_dir=Path(config.run) if config.run is not None else None,
-        config=run,
-        img_size=stage.img_size,
-        device=stage.device,
-        seed=config.seed,
-        use_ema=config.ema,
-    )
     linear = linear_protocol(config)
-    loaded = [load_source(source, context) for source in config.models]
+    size, device = stage.img_size, stage.device
+    loaded = [
+        load_probed(probed, run=config.run, img_size=size, device=device, seed=config.seed, use_ema=config.ema)
+        for probed in config.models
+    ]
     models = {model.name: model for model in loaded}
     if len(models) != len(loaded) or not models:
         raise UserError(f"--models {' '.join(config.models)}: name at least one model, and each one once.")
@@ -251,7 +247,7 @@ def measure(
         rank = rankme(val_cls)
     return ModelReport(
         name=model.name,
-        source=model.source,
+        probed=model.probed,
         detail=model.detail,
         num_parameters=model.num_parameters,
         knn=knn,
@@ -296,7 +292,7 @@ def pca_figure(entries: Mapping[str, FeatureModel], data: ProbeData, stage: Stag
         {name: extract_patch_tokens(entry, crops, dtype=stage.dtype) for name, entry in entries.items()}
         for crops in (fit_crops, shown_crops)
     )
-    colours, left_out = paint_patches(fit, shown, teacher="teacher", ridge=RIDGE)
+    colours, left_out = figures.paint_patches(fit, shown, teacher="teacher", ridge=RIDGE)
     if left_out:
         print(f"not in patch_pca.png, another patch grid than the teacher's: {', '.join(left_out)}")
     return figures.patch_pca_figure(shown_crops, colours)

@@ -25,7 +25,7 @@ from common.errors import UserError, run_command
 from common.locks import file_lock
 from distill.checkpoint import CheckpointWriter, load_newest
 from distill.config import TrainConfig, has_checkpoint, write_or_check_config
-from distill.evaluation.knn import check_validation, student_knn
+from distill.evaluation.measures import check_validation, student_knn
 from distill.gradients import check_compiled_gradients, term_gradient_norms
 from distill.metrics import MetricsLog
 from distill.models import create_student

@@ -6,7 +6,6 @@ python -m distill.export --run RUN [--output FOLDER] [--onnx]
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import os
 import shutil
@@ -26,18 +25,13 @@ from torch import Tensor, nn
 
 from common.atomic import explain_disk_errors, sync_folder
 from common.errors import UserError, run_command
+from common.hashing import file_sha256
 from distill.checkpoint import load_student
 from distill.config import TrainConfig
 from distill.teacher import LOCAL_DIR
 from pipeline.batch import IMAGENET_MEAN, IMAGENET_STD
 
-WEIGHTS, CONFIG, HUBCONF, CARD, SUMS = (
-    "model.safetensors",
-    "config.json",
-    "hubconf.py",
-    "README.md",
-    "SHA256SUMS",
-)
+WEIGHTS, CONFIG, HUBCONF, CARD, SUMS = "model.safetensors", "config.json", "hubconf.py", "README.md", "SHA256SUMS"
 ONNX = "model.onnx"
 # What the training code needs and a user of the weights does not.
 TRAINING_ARGS = ("drop_path_rate", "pretrained", "pretrained_cfg")
@@ -143,8 +137,7 @@ def export_model(
             if onnx:
                 write_onnx(model, building / ONNX, img_size=card.img_size)
             verify_export(building, model, img_size=card.img_size)
-            _write_sums(building)
-            _sync_files(building)
+            _write_sums_and_sync(building)
             if output.exists():
                 output.replace(earlier)
             building.replace(output)
@@ -217,11 +210,7 @@ def write_onnx(model: nn.Module, path: Path, *, img_size: int) -> None:
 
 
 def _config_json(
-    model: nn.Module,
-    folder: Path,
-    card: Card,
-    mean: tuple[float, float, float],
-    std: tuple[float, float, float],
+    model: nn.Module, folder: Path, card: Card, mean: tuple[float, float, float], std: tuple[float, float, float]
 ) -> str:
     path = folder / CONFIG
     data = {"input_size": (3, card.img_size, card.img_size), "mean": mean, "std": std, "crop_pct": 0.875}
@@ -236,13 +225,9 @@ def _config_json(
     return json.dumps(config, indent=2) + "\n"
 
 
-def _write_sums(folder: Path) -> None:
-    names = sorted(path.name for path in folder.iterdir())
-    lines = (f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {name}\n" for name in names)
-    (folder / SUMS).write_text("".join(lines))
-
-
-def _sync_files(folder: Path) -> None:
+def _write_sums_and_sync(folder: Path) -> None:
+    (folder / SUMS).write_text("".join(f"{file_sha256(path)}  {path.name}\n" for path in sorted(folder.iterdir())))
+    # On disk before the folder takes its name: a power cut must not leave a named export of empty files.
     for path in folder.iterdir():
         with path.open("rb") as file:
             os.fsync(file.fileno())
@@ -252,13 +237,12 @@ def _sync_files(folder: Path) -> None:
 def main() -> int:
     """Command line; returns the exit status."""
     arguments = tyro.cli(ExportArgs, use_underscores=True, description=(__doc__ or "").splitlines()[0])
-    return run_command(lambda: export_and_say(arguments))
 
+    def export_and_say() -> None:
+        folder = export_run(arguments)
+        print(f'{folder}: written and verified. timm.create_model("local-dir:{folder}", pretrained=True) loads it.')
 
-def export_and_say(arguments: ExportArgs) -> None:
-    """Export, and say how to load what was written."""
-    folder = export_run(arguments)
-    print(f'{folder}: written and verified. timm.create_model("local-dir:{folder}", pretrained=True) loads it.')
+    return run_command(export_and_say)
 
 
 UNKNOWN_LICENCE = "unknown"

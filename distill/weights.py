@@ -19,6 +19,14 @@ StateDict = dict[str, Tensor]
 
 # Present in Meta's files and without a counterpart in timm's models: training-only or recomputed buffers.
 _META_TRAINING_ONLY = ("mask_token", "rope_embed.periods", "local_cls_norm.weight", "local_cls_norm.bias")
+_META_TO_TIMM = {
+    "storage_tokens": "reg_token",
+    "ls1.gamma": "gamma_1",
+    "ls2.gamma": "gamma_2",
+    "mlp.w1.": "mlp.fc1_g.",
+    "mlp.w2.": "mlp.fc1_x.",
+    "mlp.w3.": "mlp.fc2.",
+}
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
@@ -86,9 +94,7 @@ def meta_to_timm(state: StateDict, *, has_qkv_bias: bool, where: str) -> StateDi
             mask = state.get(key + "_mask")
             bias = value if mask is None else torch.where(mask == 0, torch.zeros_like(value), value)
             q_bias, k_bias, v_bias = bias.chunk(3)
-            if torch.count_nonzero(k_bias) or (
-                not has_qkv_bias and (torch.count_nonzero(q_bias) or torch.count_nonzero(v_bias))
-            ):
+            if torch.count_nonzero(k_bias if has_qkv_bias else bias):
                 raise UserError(
                     f"{where}: {key} is not zero and the model has no place for it. "
                     "Use the _qkvb variant of the architecture."
@@ -97,9 +103,8 @@ def meta_to_timm(state: StateDict, *, has_qkv_bias: bool, where: str) -> StateDi
                 renamed[key.replace("qkv.bias", "q_bias")] = q_bias
                 renamed[key.replace("qkv.bias", "v_bias")] = v_bias
             continue
-        key = key.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2")
-        key = key.replace("storage_tokens", "reg_token")
-        key = key.replace("mlp.w1.", "mlp.fc1_g.").replace("mlp.w2.", "mlp.fc1_x.").replace("mlp.w3.", "mlp.fc2.")
+        for meta, timm in _META_TO_TIMM.items():
+            key = key.replace(meta, timm)
         renamed[key] = value
     return renamed
 

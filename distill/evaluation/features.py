@@ -1,33 +1,30 @@
-"""Runs frozen ViTs once over a stream of crops and keeps their cls tokens and mean patch tokens."""
+"""The probe's models: found by name, and run once over a stream of crops for cls tokens and mean patch tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 
 from common.errors import UserError
+from distill.checkpoint import load_student
+from distill.config import TeacherConfig, load_config
+from distill.export import student_detail
+from distill.models import create_student
+from distill.teacher import LOCAL_DIR, load_teacher
+from pipeline.batch import normalise
+from pipeline.readers import CenterCropBatch
+
+KINDS = "run, run:FOLDER, teacher, random, timm:NAME, timm:NAME@WEIGHTS or export:FOLDER"
 
 Normalise = Callable[[Tensor], Tensor]
-
-
-class LabelledCrops(Protocol):
-    """What extraction needs of one batch of a crop stream."""
-
-    @property
-    def rows(self) -> npt.NDArray[np.int64]: ...
-
-    @property
-    def crops(self) -> UInt8[Tensor, "b h w 3"]: ...
-
-    @property
-    def labels(self) -> Int64[Tensor, " b"]: ...
 
 
 @dataclass(frozen=True)
@@ -41,6 +38,96 @@ class FeatureModel:
 
     model: nn.Module
     normalise: Normalise
+
+
+@dataclass(frozen=True)
+class ProbedModel:
+    """A model of the probe's table.
+
+    Attributes:
+        name: what the table calls it: "student", "teacher", "random", or as it was asked for.
+        probed: as it was asked for.
+        detail: which weights these are, in a few words.
+        entry: the model in eval mode on the device, and its normalisation.
+    """
+
+    name: str
+    probed: str
+    detail: str
+    entry: FeatureModel
+
+    @property
+    def embed_dim(self) -> int:
+        """Width of its tokens."""
+        return int(self.entry.model.embed_dim)  # type: ignore[arg-type]
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of parameters of the backbone."""
+        return sum(parameter.numel() for parameter in self.entry.model.parameters())
+
+
+def load_probed(
+    probed: str, *, run: str | None, img_size: int, device: torch.device, seed: int = 0, use_ema: bool = True
+) -> ProbedModel:
+    """Load one model of the probe.
+
+    Args:
+        probed: `run` or `run:FOLDER` (student of a run), `teacher` (of the run), `random` (the run's student
+            architecture with weights drawn from the seed), `timm:NAME` or `timm:NAME@WEIGHTS` (timm's own weights or
+            a local file), `export:FOLDER` (an exported student).
+        run: folder of the run that `run`, `teacher` and `random` belong to.
+        img_size: side of the evaluated crops in pixels.
+        device: where the model goes.
+        seed: of random weights.
+        use_ema: take the EMA of a run's student.
+
+    Raises:
+        UserError: unknown kind, no run, an image size that the patch size does not divide, or what the loader raises.
+    """
+    kind, _, rest = probed.partition(":")
+    if probed in ("run", "teacher", "random"):
+        if run is None:
+            raise UserError(
+                f"model {probed!r}: it belongs to a run, and none was given. Add --run FOLDER, or leave it "
+                "out of --models."
+            )
+        rest = run
+    elif kind not in ("run", "timm", "export") or not rest:
+        raise UserError(f"model {probed!r}: not a model to probe. Give one of {KINDS}.")
+
+    if kind == "run":
+        student, meta = load_student(rest, use_ema=use_ema)
+        detail, entry = student_detail(meta["step"], meta["ema"]), _student(student, device)
+    elif kind == "random":
+        student = create_student(load_config(Path(rest)).student, seed=seed)
+        detail, entry = f"initialisation of seed {seed}", _student(student, device)
+    else:
+        if kind == "teacher":
+            config = load_config(Path(rest)).teacher
+            detail = config.teacher_arch
+        elif kind == "timm":
+            arch, _, weights = rest.partition("@")
+            config = TeacherConfig(teacher_arch=arch, teacher_pretrained_weights=weights or None)
+            detail = weights or "timm's weights"
+        else:
+            config = TeacherConfig(teacher_arch=f"{LOCAL_DIR}{rest}", teacher_pretrained_weights=None)
+            detail = "exported weights"
+        # fp32 weights for every model of the table: the compute dtype is the probe's own, by autocast.
+        teacher = load_teacher(config, img_size=img_size, device=device, dtype=torch.float32)
+        entry = FeatureModel(teacher.model, partial(normalise, mean=teacher.mean, std=teacher.std))
+
+    patch = int(entry.model.patch_embed.patch_size[0])  # type: ignore[union-attr, index]
+    if img_size % patch:
+        raise UserError(
+            f"model {probed!r}: its patches are {patch} px, and the crops of {img_size} px do not divide "
+            f"into them. Pass an --img_size that is a multiple of {patch}."
+        )
+    return ProbedModel("student" if probed == "run" else probed, probed, detail, entry)
+
+
+def _student(model: nn.Module, device: torch.device) -> FeatureModel:
+    return FeatureModel(model.to(device).eval().requires_grad_(False), normalise)
 
 
 @dataclass(frozen=True)
@@ -114,25 +201,26 @@ def model_depth(model: nn.Module) -> int:
 
 @torch.inference_mode()
 def forward_features(
-    model: nn.Module, images: Float[Tensor, "b 3 h w"], *, dtype: torch.dtype, layers: int
+    entry: FeatureModel, crops: UInt8[Tensor, "b h w 3"], *, dtype: torch.dtype, layers: int
 ) -> list[tuple[Tensor, Tensor]]:
     """Final-norm tokens after the last `layers` blocks.
 
     Args:
-        model: a timm ViT in eval mode.
-        images: normalised images; cast to the dtype of the weights.
+        entry: a timm ViT in eval mode, and its normalisation.
+        crops: uint8 crops on its device.
         dtype: compute dtype: below fp32, fp32 weights run under autocast.
-        layers: number of last blocks.
+        layers: number of last blocks; a model with fewer gives all it has.
 
     Returns:
         Per block, deepest last: (patch tokens [b, n, d], prefix tokens [b, p, d]), fp32.
     """
+    model, images = entry.model, entry.normalise(crops)
     weights_dtype = next(model.parameters()).dtype
     autocast = dtype != torch.float32 and weights_dtype == torch.float32
     with torch.autocast(images.device.type, dtype=dtype, enabled=autocast):
         blocks = model.forward_intermediates(  # type: ignore[operator]
             images.to(weights_dtype),
-            indices=layers,
+            indices=min(layers, model_depth(model)),
             norm=True,
             output_fmt="NLC",
             return_prefix_tokens=True,
@@ -143,7 +231,7 @@ def forward_features(
 
 def extract_features_of(
     models: Mapping[str, FeatureModel],
-    crops: Iterable[LabelledCrops],
+    crops: Iterable[CenterCropBatch],
     *,
     device: torch.device | str,
     dtype: torch.dtype = torch.float32,
@@ -170,22 +258,19 @@ def extract_features_of(
                 f"{name}: the model has no cls token (num_prefix_tokens is 0). The probe's features are the "
                 "cls token and the mean patch token. Choose a ViT with a cls token."
             )
-    training = {name: entry.model.training for name, entry in models.items()}
     chunks: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in models}
     labels: list[Tensor] = []
     rows: list[Tensor] = []
-    try:
-        for entry in models.values():
-            entry.model.eval()
+    with _in_eval_mode(*(entry.model for entry in models.values())):
         for batch in crops:
             images = batch.crops.to(device, non_blocking=True)
             labels.append(batch.labels.cpu())
             rows.append(torch.from_numpy(np.asarray(batch.rows, dtype=np.int64)))
             for name, entry in models.items():
-                chunks[name].append(_cls_and_mean(entry, images, dtype=dtype, layers=layers))
-    finally:
-        for name, entry in models.items():
-            entry.model.train(training[name])
+                blocks = forward_features(entry, images, dtype=dtype, layers=layers)
+                cls = torch.stack([prefix[:, 0] for _, prefix in blocks], dim=1)  # [b, l, d]
+                # Each copy waits for the device: features of a whole data set would not fit there.
+                chunks[name].append((cls.cpu(), blocks[-1][0].mean(dim=1).cpu()))
     if not labels:
         raise UserError("The crop stream gave no batch: 0 rows to evaluate. Give at least one row.")
     return {
@@ -201,7 +286,7 @@ def extract_features_of(
 
 def extract_features(
     model: nn.Module,
-    crops: Iterable[LabelledCrops],
+    crops: Iterable[CenterCropBatch],
     *,
     normalise: Normalise,
     device: torch.device | str,
@@ -217,20 +302,19 @@ def extract_patch_tokens(
     entry: FeatureModel, crops: UInt8[Tensor, "b h w 3"], *, dtype: torch.dtype = torch.float32
 ) -> Float[Tensor, "b n d"]:
     """Final-norm patch tokens of a few images, fp32 on the CPU, for PCA pictures."""
-    was_training = entry.model.training
-    try:
-        entry.model.eval()
-        patches, _ = forward_features(entry.model, entry.normalise(crops), dtype=dtype, layers=1)[-1]
-    finally:
-        entry.model.train(was_training)
+    with _in_eval_mode(entry.model):
+        patches, _ = forward_features(entry, crops, dtype=dtype, layers=1)[-1]
     # Cloned outside inference mode: an inference tensor cannot enter a later computation with gradients.
     return patches.cpu().clone()
 
 
-def _cls_and_mean(
-    entry: FeatureModel, images: Tensor, *, dtype: torch.dtype, layers: int
-) -> tuple[Float[Tensor, "b l d"], Float[Tensor, "b d"]]:
-    layers = min(layers, model_depth(entry.model))
-    blocks = forward_features(entry.model, entry.normalise(images), dtype=dtype, layers=layers)
-    cls = torch.stack([prefix[:, 0] for _, prefix in blocks], dim=1)  # [b, l, d]
-    return cls.cpu(), blocks[-1][0].mean(dim=1).cpu()
+@contextmanager
+def _in_eval_mode(*models: nn.Module) -> Iterator[None]:
+    training = [model.training for model in models]
+    try:
+        for model in models:
+            model.eval()
+        yield
+    finally:
+        for model, was_training in zip(models, training, strict=True):
+            model.train(was_training)

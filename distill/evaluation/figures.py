@@ -1,14 +1,16 @@
-"""Draws the figures: losses, target entropies, accuracies, PCA of patch features, sheets of images."""
+"""Draws the figures: losses, target entropies, accuracies, patch features by their PCA, sheets of images."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from jaxtyping import Float, UInt8
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from common.atomic import write_atomic
 from common.errors import UserError
+from distill.evaluation.measures import fit_linear_map
 from distill.step import TERMS
 
 LOSS_TERMS = ("loss", *TERMS[:5])
@@ -64,16 +67,13 @@ def write_figure(figure: Figure, path: str | Path) -> None:
     FigureCanvasAgg(figure)
     # Without the version of matplotlib in its metadata, a PNG depends on its pixels alone.
     write_atomic(
-        Path(path),
-        lambda file: figure.savefig(file, format="png", dpi=DOTS_PER_INCH, metadata={"Software": None}),
+        Path(path), lambda file: figure.savefig(file, format="png", dpi=DOTS_PER_INCH, metadata={"Software": None})
     )
 
 
-def loss_figure(metrics: Sequence[Record], *, terms: Sequence[str] = LOSS_TERMS) -> Figure:
+def loss_figure(metrics: Sequence[Record]) -> Figure:
     """Each loss term over steps, unweighted, one panel a term; terms that no record has are left out."""
-    present = [term for term in terms if any(term in record for record in metrics)]
-    if not present:
-        raise UserError(f"loss figure: no record has any of {', '.join(terms)}. Check metrics.jsonl.")
+    present = _logged(metrics, LOSS_TERMS, "loss")
     columns = min(3, len(present))
     rows = -(-len(present) // columns)
     figure = Figure(figsize=(4 * columns, 2.8 * rows), layout="constrained")
@@ -93,10 +93,7 @@ def target_figure(metrics: Sequence[Record]) -> Figure:
     Their sum is the cross-entropy that is minimised. H belongs to the teacher: only KL says whether the
     student learns.
     """
-    present = [name for name in ENTROPIES if any(name in record for record in metrics)]
-    if not present:
-        known = ", ".join(ENTROPIES)
-        raise UserError(f"target figure: no record has any of {known}. Check metrics.jsonl.")
+    present = _logged(metrics, ENTROPIES, "target")
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     axes = figure.subplots(1, 2)
     for axis, suffix, title in zip(
@@ -155,20 +152,16 @@ def write_run_figures(metrics_path: Path, output: Path, *, levels: Mapping[str, 
         return []
     metrics = read_metrics(metrics_path)
     logged = set().union(*metrics)
-    drawings: dict[str, tuple[bool, Callable[[], Figure]]] = {
-        "losses.png": (not logged.isdisjoint(LOSS_TERMS), lambda: loss_figure(metrics)),
-        "targets.png": (not logged.isdisjoint(ENTROPIES), lambda: target_figure(metrics)),
-        "accuracy_by_epoch.png": (
-            {"knn_top1", "epoch"} <= logged,
-            lambda: accuracy_by_epoch_figure(metrics, levels=levels),
-        ),
-    }
-    written = []
-    for name, (has_data, draw) in drawings.items():
-        if has_data:
-            write_figure(draw(), output / name)
-            written.append(output / name)
-    return written
+    drawn = {}
+    if not logged.isdisjoint(LOSS_TERMS):
+        drawn["losses.png"] = loss_figure(metrics)
+    if not logged.isdisjoint(ENTROPIES):
+        drawn["targets.png"] = target_figure(metrics)
+    if {"knn_top1", "epoch"} <= logged:
+        drawn["accuracy_by_epoch.png"] = accuracy_by_epoch_figure(metrics, levels=levels)
+    for name, figure in drawn.items():
+        write_figure(figure, output / name)
+    return [output / name for name in drawn]
 
 
 def accuracy_bars_figure(accuracies: Mapping[str, Mapping[str, float]]) -> Figure:
@@ -222,6 +215,104 @@ def image_grid_figure(columns: Mapping[str, Sequence[npt.NDArray[Any]]], *, cell
     return figure
 
 
+# The range that colours span: outliers beyond it saturate, so that one patch does not grey the rest.
+LOW, HIGH = 0.02, 0.98
+
+
+@dataclass(frozen=True)
+class PatchBasis:
+    """Three principal components of the teacher's patch tokens, and their range.
+
+    Attributes:
+        mean: [d].
+        components: unit rows, the strongest first, signs fixed, [3, d].
+        low: score that becomes 0 in each channel, [3].
+        high: score that becomes 1, [3].
+    """
+
+    mean: Float[Tensor, " d"]
+    components: Float[Tensor, "3 d"]
+    low: Float[Tensor, " 3"]
+    high: Float[Tensor, " 3"]
+
+    def scores(self, tokens: Float[Tensor, "*n d"]) -> Float[Tensor, "*n 3"]:
+        """Coordinates in the basis."""
+        return (tokens.float() - self.mean) @ self.components.T
+
+    def colours(self, tokens: Float[Tensor, "*n d"]) -> Float[Tensor, "*n 3"]:
+        """RGB in 0..1."""
+        return ((self.scores(tokens) - self.low) / (self.high - self.low)).clamp(0, 1)
+
+
+def fit_patch_basis(teacher_tokens: Float[Tensor, "b n d"]) -> PatchBasis:
+    """Principal components of teacher patch tokens, with the same signs on every machine and run.
+
+    A component's sign is that which makes its largest entry (by absolute value) positive.
+
+    Args:
+        teacher_tokens: patch tokens of some images; at least four tokens.
+
+    Raises:
+        UserError: fewer tokens or channels than three components need.
+    """
+    tokens = teacher_tokens.flatten(0, 1).double()
+    if min(len(tokens) - 1, tokens.shape[1]) < 3:
+        raise UserError(
+            f"PCA: {len(tokens)} patch tokens of dimension {tokens.shape[1]}. Three components need four "
+            "tokens and three dimensions. Give more images."
+        )
+    mean = tokens.mean(dim=0)
+    centred = tokens - mean
+    # The covariance is d x d whatever the number of tokens; eigenvalues ascend.
+    components = torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -3:].T.flip(0)
+    largest = components.abs().argmax(dim=1, keepdim=True)
+    components = components * components.gather(1, largest).sign()
+    scores = centred @ components.T
+    low, high = (quantile(scores, share) for share in (LOW, HIGH))
+    high = torch.maximum(high, low + torch.finfo(torch.float32).eps)
+    return PatchBasis(mean.float(), components.float(), low.float(), high.float())
+
+
+def quantile(scores: Float[Tensor, "n 3"], share: float) -> Float[Tensor, " 3"]:
+    """The value below which `share` of each column lies, without torch.quantile's limit on the size."""
+    ordered = scores.sort(dim=0).values
+    return ordered[round(share * (len(ordered) - 1))]
+
+
+def paint_patches(
+    fit: Mapping[str, Float[Tensor, "b n d"]],
+    shown: Mapping[str, Float[Tensor, "m n d"]],
+    *,
+    teacher: str,
+    ridge: float = 1e-3,
+) -> tuple[dict[str, Float[Tensor, "m n 3"]], list[str]]:
+    """Paint several models' patch tokens in one basis, the teacher's.
+
+    Args:
+        fit: patch tokens by model over images that basis and maps are fitted on.
+        shown: patch tokens by model over other images, to be painted.
+        teacher: the key of the model whose basis it is.
+        ridge: of the maps to the teacher; see `fit_linear_map`.
+
+    Returns:
+        (RGB in 0..1 by model, the teacher first; models left out because their patch grid is another).
+    """
+    basis = fit_patch_basis(fit[teacher])
+    colours = {teacher: basis.colours(shown[teacher])}
+    left_out = []
+    for name, tokens in fit.items():
+        if name == teacher:
+            continue
+        if tokens.shape[1] != fit[teacher].shape[1]:
+            left_out.append(name)
+            continue
+        # Fitted on images other than those shown: a map with more coefficients than tokens would paint the
+        # teacher's picture from any features.
+        mapping = fit_linear_map(tokens.flatten(0, 1), fit[teacher].flatten(0, 1), ridge=ridge)
+        colours[name] = basis.colours(mapping(shown[name]))
+    return colours, left_out
+
+
 def patch_pca_figure(crops: UInt8[Tensor, "b h w 3"], colours: Mapping[str, Float[Tensor, "b n 3"]]) -> Figure:
     """Images, and beside them each model's patch features painted by the teacher's principal components.
 
@@ -235,6 +326,13 @@ def patch_pca_figure(crops: UInt8[Tensor, "b h w 3"], colours: Mapping[str, Floa
         assert side * side == values.shape[1], f"{name}: {values.shape[1]} patches are no square"
         columns[name] = list(values.unflatten(1, (side, side)).cpu().numpy())
     return image_grid_figure(columns)
+
+
+def _logged(metrics: Sequence[Record], names: Sequence[str], figure: str) -> list[str]:
+    present = [name for name in names if any(name in record for record in metrics)]
+    if not present:
+        raise UserError(f"{figure} figure: no record has any of {', '.join(names)}. Check metrics.jsonl.")
+    return present
 
 
 def _plot_series(axis: Axes, metrics: Sequence[Record], key: str, *, label: str | None) -> None:

@@ -80,12 +80,7 @@ class LinearResult:
 
 
 def linear_probe(
-    train: Features,
-    val: Features,
-    *,
-    sets: Sequence[FeatureSet],
-    protocol: LinearProtocol,
-    device: torch.device | str,
+    train: Features, val: Features, *, sets: Sequence[FeatureSet], protocol: LinearProtocol, device: torch.device | str
 ) -> list[LinearResult]:
     """Fit and score each feature set; the one to report is `best_result`.
 
@@ -123,19 +118,19 @@ def linear_probe(
     # Held-out rows go last, so that fitting and held-out parts are views of one matrix, not copies of it.
     order = torch.cat([torch.from_numpy(fit_rows), torch.from_numpy(held_rows)])
     labels = torch.searchsorted(classes, train.labels[order])  # 0 .. c - 1
-    solve = _solve_lbfgs if protocol.solver == "lbfgs" else _solve_sgd
-    results = []
-    for feature_set in sets:
-        data = _Data(
+    return [
+        _choose_and_score(
+            feature_set.name,
+            protocol,
+            classes.to(device),
             train=feature_set.of(train)[order].to(device),
             labels=labels.to(device),
             num_fit=len(fit_rows),
             val=feature_set.of(val).to(device),
             val_labels=val.labels.to(device),
-            classes=classes.to(device),
         )
-        results.append(solve(feature_set.name, data, protocol))
-    return results
+        for feature_set in sets
+    ]
 
 
 def best_result(results: Sequence[LinearResult]) -> LinearResult:
@@ -143,76 +138,52 @@ def best_result(results: Sequence[LinearResult]) -> LinearResult:
     return max(results, key=lambda result: result.held_out_top1)
 
 
-@dataclass(frozen=True)
-class _Data:
-    train: Float[Tensor, "n d"]
-    labels: Int64[Tensor, " n"]
-    num_fit: int
-    val: Float[Tensor, "m d"]
-    val_labels: Int64[Tensor, " m"]
-    classes: Int64[Tensor, " c"]
+def _choose_and_score(
+    name: str,
+    protocol: LinearProtocol,
+    classes: Int64[Tensor, " c"],
+    *,
+    train: Float[Tensor, "n d"],
+    labels: Int64[Tensor, " n"],
+    num_fit: int,
+    val: Float[Tensor, "m d"],
+    val_labels: Int64[Tensor, " m"],
+) -> LinearResult:
+    # Of equal accuracies on the held-out part the first is taken: the strongest lambda, the smallest rate.
+    if protocol.solver == "lbfgs":
+        grid = sorted(protocol.lbfgs.regularisations, reverse=True)
+        mean, scale = _standardisation(train[:num_fit])
+        train.sub_(mean).mul_(scale)  # in place: the largest matrix of the probe
+        val = (val - mean) * scale
+    else:
+        grid = sorted(protocol.sgd.learning_rates)
 
-
-def _solve_lbfgs(name: str, data: _Data, protocol: LinearProtocol) -> LinearResult:
-    # Strongest first: of equal accuracies on the held-out part, the first is taken.
-    grid = sorted(protocol.lbfgs.regularisations, reverse=True)
-    mean, scale = _standardisation(data.train[: data.num_fit])
-    # In place: the largest matrix of the probe.
-    data = replace(data, train=data.train.sub_(mean).mul_(scale), val=(data.val - mean) * scale)
-
-    def fit(rows: int, strengths: list[float], start: tuple[Tensor, Tensor] | None = None) -> LinearFits:
+    def fit(rows: int, settings: list[float], start: tuple[Tensor, Tensor] | None = None) -> LinearFits:
+        if protocol.solver == "sgd":
+            sgd = replace(protocol.sgd, learning_rates=tuple(settings))
+            return fit_sgd(train[:rows], labels[:rows], num_classes=len(classes), protocol=sgd, seed=protocol.seed)
         return fit_logistic(
-            data.train[:rows],
-            data.labels[:rows],
-            num_classes=len(data.classes),
-            regularisations=strengths,
+            train[:rows],
+            labels[:rows],
+            num_classes=len(classes),
+            regularisations=settings,
             tolerance=protocol.lbfgs.tolerance,
             max_iterations=protocol.lbfgs.max_iterations,
             start=start,
         )
 
-    fits = fit(data.num_fit, grid)
-    held_out, chosen = _held_out(fits, data)
-    final = fit(len(data.train), [grid[chosen]], (fits.weight[chosen], fits.bias[chosen]))
-    unconverged = int((~fits.converged).sum()) + int((~final.converged).sum())
-    return _result(name, data, held_out, chosen, grid[chosen], final, unconverged)
-
-
-def _solve_sgd(name: str, data: _Data, protocol: LinearProtocol) -> LinearResult:
-    rates = sorted(protocol.sgd.learning_rates)
-
-    def fit(rows: int, chosen: list[float]) -> LinearFits:
-        return fit_sgd(
-            data.train[:rows],
-            data.labels[:rows],
-            num_classes=len(data.classes),
-            learning_rates=chosen,
-            protocol=protocol.sgd,
-            seed=protocol.seed,
-        )
-
-    held_out, chosen = _held_out(fit(data.num_fit, rates), data)
-    return _result(name, data, held_out, chosen, rates[chosen], fit(len(data.train), [rates[chosen]]), 0)
-
-
-def _held_out(fits: LinearFits, data: _Data) -> tuple[Float[Tensor, " p"], int]:
-    """Percent right on the held-out part of each classifier, and the first of the best."""
-    correct = fits.predict(data.train[data.num_fit :]) == data.labels[data.num_fit :]
-    held_out = 100 * correct.double().mean(dim=1)
-    return held_out, int(held_out.argmax())
-
-
-def _result(
-    name: str, data: _Data, held_out: Tensor, chosen: int, setting: float, final: LinearFits, unconverged: int
-) -> LinearResult:
-    predicted = data.classes[final.predict(data.val)[0]]
+    fits = fit(num_fit, grid)
+    correct = fits.predict(train[num_fit:]) == labels[num_fit:]
+    held_out = 100 * correct.double().mean(dim=1)  # [p]
+    chosen = int(held_out.argmax())
+    final = fit(len(train), [grid[chosen]], (fits.weight[chosen], fits.bias[chosen]))
     return LinearResult(
         features=name,
-        top1=100 * (predicted == data.val_labels).double().mean().item(),
+        top1=100 * (classes[final.predict(val)[0]] == val_labels).double().mean().item(),
         held_out_top1=held_out[chosen].item(),
-        setting=setting,
+        setting=grid[chosen],
         at_grid_edge=_at_edge(held_out, chosen),
-        unconverged=unconverged,
+        unconverged=int((~fits.converged).sum()) + int((~final.converged).sum()),
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
@@ -67,11 +68,12 @@ def fit_logistic(
         num_classes: c.
         regularisations: one lambda > 0 a problem; strongest first is fastest.
         tolerance: on ||gradient in W||^2 / (2 lambda), which bounds the distance of the objective from its optimum
-            (strong convexity), as a share of the objective; or the rounding of the arithmetic, where that is more.
+            (strong convexity), as a share of the objective.
         max_iterations: limit for each; problems that reach it are marked as not converged.
         start: weight and bias to start from; zeros if absent.
         block_elements: logits computed at once; bounds the memory.
     """
+    # L-BFGS needs few iterations where the curvature is alike in all directions: first turn, then scale the axes.
     mean, variance, rotation = _principal_axes(features)
     rows = (features - mean) @ rotation
     point = features.new_zeros(num_classes, features.shape[1] + 1)
@@ -104,6 +106,7 @@ def _minimise(
 ) -> tuple[Tensor, Tensor, bool]:
     """Return the point, its loss, and whether the optimum is within the tolerance."""
     scaled = (start / scale).requires_grad_()
+    # Its own stopping rules are off: they look at the size of a step, and the gap below bounds the objective itself.
     solver = torch.optim.LBFGS(
         [scaled],
         max_iter=CHECK_EVERY,
@@ -115,16 +118,15 @@ def _minimise(
 
     def closure() -> Tensor:
         loss, gradient = objective(scaled.detach() * scale)
-        scaled.grad = gradient * scale
+        scaled.grad = gradient * scale  # chain rule of the scaled axes; no autograd, so no graph over all rows
         return loss
 
-    # A row's loss is a difference of logits: below this there are no digits to gain.
-    resolution = 64 * torch.finfo(start.dtype).eps
     done, before = False, float("inf")
     for iterations in range(0, max_iterations + 1, CHECK_EVERY):
         loss, gradient = objective(scaled.detach() * scale)
+        # One look a round: reading the values makes the host wait for the device.
         gap = float(gradient[:, :-1].square().sum()) / (2 * strength)
-        done = gap <= max(tolerance * float(loss), resolution)
+        done = gap <= tolerance * float(loss)
         # Where a round no longer gains a digit of the arithmetic, more rounds will not.
         if done or iterations >= max_iterations or float(loss) >= before:
             break
@@ -139,6 +141,7 @@ def _principal_axes(features: Float[Tensor, "n d"]) -> tuple[Tensor, Tensor, Ten
     A rotation keeps ||W||, and the bias, which is not regularised, takes up the shift.
     """
     mean, dim = features.mean(dim=0), features.shape[1]
+    # fp64: the sum over blocks and the smallest eigenvalues of nearly collinear features need its digits.
     covariance = torch.zeros(dim, dim, dtype=torch.float64, device=features.device)
     for rows in features.split(max(1, BLOCK_ELEMENTS // dim)):
         centred = rows - mean
@@ -164,18 +167,22 @@ class _Objective:
         at_once = max(1, self.block_elements // len(bias))
         for rows, labels in zip(self.features.split(at_once), self.labels.split(at_once), strict=True):
             logits = torch.addmm(bias, rows, weight.T)  # [r, c]
-            log_sum = logits.logsumexp(dim=1, keepdim=True)
-            total += (log_sum - logits.gather(1, labels[:, None])).double().sum()
-            error = logits.sub_(log_sum).exp_()
-            error[torch.arange(len(labels), device=labels.device), labels] -= 1
+            # Odds against the right class, not its probability, which is near 1 and would leave few digits of the loss.
+            # In place: the logits are the largest buffer.
+            own = torch.arange(len(labels), device=labels.device), labels
+            logits -= logits[own][:, None]
+            logits[own] = -torch.inf
+            log_odds = logits.logsumexp(dim=1)
+            row_loss = F.softplus(log_odds)
+            total += row_loss.double().sum()
+            # The gradient in the logits is softmax less one-hot.
+            error = logits.sub_(row_loss[:, None]).exp_()
+            error[own] = -torch.sigmoid(log_odds)
             gradient[:, :-1].addmm_(error.T, rows)
             gradient[:, -1] += error.sum(dim=0)
         count = len(self.labels)
         penalised = self.penalty * point
         return total / count + 0.5 * (penalised * point).double().sum(), gradient / count + penalised
-
-
-DINOV2_LEARNING_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
 
 
 @dataclass(frozen=True)
@@ -189,7 +196,7 @@ class SgdProtocol:
         momentum: of SGD; no weight decay.
     """
 
-    learning_rates: tuple[float, ...] = DINOV2_LEARNING_RATES
+    learning_rates: tuple[float, ...] = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
     epochs: int = 10
     batch_size: int = 1024
     momentum: float = 0.9
@@ -203,13 +210,7 @@ class SgdProtocol:
 
 
 def fit_sgd(
-    features: Float[Tensor, "n d"],
-    labels: Int64[Tensor, " n"],
-    *,
-    num_classes: int,
-    learning_rates: Sequence[float],
-    protocol: SgdProtocol,
-    seed: int,
+    features: Float[Tensor, "n d"], labels: Int64[Tensor, " n"], *, num_classes: int, protocol: SgdProtocol, seed: int
 ) -> LinearFits:
     """Train one linear classifier a learning rate, all on the same batches.
 
@@ -220,21 +221,21 @@ def fit_sgd(
         features: fp32 [n, d], as extracted (not standardised).
         labels: 0 .. num_classes - 1.
         num_classes: c.
-        learning_rates: base rates, one classifier each.
-        protocol: epochs, batch size and momentum.
+        protocol: base rates, one classifier each; epochs, batch size and momentum.
         seed: of initialisation and order; drawn on the CPU, so it does not depend on the device.
 
     Returns:
         The classifiers; `loss` is the mean cross-entropy of the last batch, `converged` is true of all.
     """
-    batch_size = min(protocol.batch_size, len(labels))
+    learning_rates, batch_size = protocol.learning_rates, min(protocol.batch_size, len(labels))
     generator = torch.Generator().manual_seed(seed)
     shape = (num_classes, features.shape[1])
+    # All start alike, so that they differ by their rate alone.
     initial = torch.randn(shape, generator=generator) * 0.01
     weight = initial.to(features).repeat(len(learning_rates), 1, 1)  # [p, c, d]
     bias = features.new_zeros(len(learning_rates), num_classes)
     weight_velocity, bias_velocity = torch.zeros_like(weight), torch.zeros_like(bias)
-    peak = torch.tensor(list(learning_rates)).to(features) * (batch_size / 256)
+    peak = torch.tensor(learning_rates).to(features) * (batch_size / 256)
     loss = features.new_zeros(len(learning_rates))
     steps_per_epoch = len(labels) // batch_size
     num_steps = protocol.epochs * steps_per_epoch
@@ -246,6 +247,7 @@ def fit_sgd(
         logits = torch.addmm(bias.flatten(), batch, weight.flatten(0, 1).T).unflatten(1, bias.shape)  # [r, p, c]
         log_probs = logits.log_softmax(dim=2)
         index = target[:, None, None].expand(-1, len(learning_rates), 1)
+        # The gradient of mean cross-entropy in the logits, by hand: softmax less one-hot, of all classifiers at once.
         error = log_probs.exp().scatter_add(2, index, torch.full_like(logits[:, :, :1], -1.0)) / batch_size
         weight_velocity.mul_(protocol.momentum).add_((error.flatten(1).T @ batch).view_as(weight))
         bias_velocity.mul_(protocol.momentum).add_(error.sum(dim=0))

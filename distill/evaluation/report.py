@@ -7,7 +7,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from common.atomic import write_atomic
 from common.hashing import json_sha256
@@ -63,7 +62,7 @@ class ModelReport:
 
     Attributes:
         name: in the table.
-        source: as it was asked for.
+        probed: as it was asked for.
         detail: which weights.
         num_parameters: of the backbone.
         knn: top-1 by k.
@@ -76,7 +75,7 @@ class ModelReport:
     """
 
     name: str
-    source: str
+    probed: str
     detail: str
     num_parameters: int
     knn: Mapping[int, float]
@@ -104,32 +103,18 @@ class ProbeReport:
     seconds: Mapping[str, float] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
 
-    def model(self, name: str) -> ModelReport | None:
-        """The model of that name, or None."""
-        return next((model for model in self.models if model.name == name), None)
-
     def gaps(self) -> dict[str, float | None]:
         """Share of the way from random to teacher that the student went, in percent, by measure.
 
         Empty where one of the three is not in the report.
         """
-        student, random, teacher = (self.model(name) for name in ("student", "random", "teacher"))
-        if student is None or random is None or teacher is None:
+        models = {model.name: model for model in self.models}
+        if not {"student", "random", "teacher"} <= models.keys():
             return {}
+        student, random, teacher = models["student"], models["random"], models["teacher"]
         gaps = {f"knn_{k}": gap_closed(student.knn[k], random.knn[k], teacher.knn[k]) for k in self.protocol.knn_k}
         gaps["linear"] = gap_closed(student.best.top1, random.best.top1, teacher.best.top1)
         return gaps
-
-    def to_json(self) -> dict[str, Any]:
-        """Everything as plain JSON values, the protocol's hash first."""
-        return {
-            "protocol_sha256": self.protocol.sha256(),
-            "protocol": asdict(self.protocol),
-            "models": [asdict(model) for model in self.models],
-            "gap_closed_percent": self.gaps(),
-            "seconds": dict(self.seconds),
-            "environment": dict(self.environment),
-        }
 
 
 def gap_closed(student: float, random: float, teacher: float) -> float | None:
@@ -140,8 +125,16 @@ def gap_closed(student: float, random: float, teacher: float) -> float | None:
 
 
 def write_probe_json(report: ProbeReport, path: Path) -> None:
-    """Write the report, whole or not at all."""
-    write_atomic(path, (json.dumps(report.to_json(), indent=2) + "\n").encode())
+    """Write the report, the protocol's hash first, whole or not at all."""
+    fields = {
+        "protocol_sha256": report.protocol.sha256(),
+        "protocol": asdict(report.protocol),
+        "models": [asdict(model) for model in report.models],
+        "gap_closed_percent": report.gaps(),
+        "seconds": dict(report.seconds),
+        "environment": dict(report.environment),
+    }
+    write_atomic(path, (json.dumps(fields, indent=2) + "\n").encode())
 
 
 def results_table(report: ProbeReport) -> str:
@@ -165,18 +158,12 @@ def results_table(report: ProbeReport) -> str:
         cells = [_percent(gaps[f"knn_{k}"]) for k in ks]
         rows.append(["gap closed", "", *cells, _percent(gaps["linear"]), "", "", ""])
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    numeric = {i for i, name in enumerate(header) if name not in ("model", "features")}
-    lines = [_line(header, widths, numeric), "  ".join("-" * width for width in widths)]
-    lines += [_line(row, widths, numeric) for row in rows]
+    sides = ["<" if name in ("model", "features") else ">" for name in header]
+    lines = [
+        "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True)).rstrip()
+        for row in [header, ["-" * width for width in widths], *rows]
+    ]
     return "\n".join([*lines, *_notes(report)])
-
-
-def _line(cells: Sequence[str], widths: Sequence[int], numeric: set[int]) -> str:
-    padded = (
-        cell.rjust(width) if i in numeric else cell.ljust(width)
-        for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
-    )
-    return "  ".join(padded).rstrip()
 
 
 def _notes(report: ProbeReport) -> list[str]:

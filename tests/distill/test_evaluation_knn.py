@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import UserError
-from distill.evaluation.knn import knn_accuracy, knn_predict, knn_top1
+from distill.evaluation.measures import knn_accuracy, knn_predict, knn_top1
 from distill.models import create_vit
 from pipeline.batch import normalise
 

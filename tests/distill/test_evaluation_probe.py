@@ -1,4 +1,4 @@
-"""The probe end to end on a small packed data set: every model source, the files it writes, and its errors."""
+"""The probe end to end on a small packed data set: every kind of model, the files it writes, and its errors."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,12 +17,13 @@ import probe
 from common.errors import UserError
 from distill.checkpoint import CheckpointWriter
 from distill.config import DataConfig, RuntimeConfig, StudentConfig, TeacherConfig, TrainConfig
-from distill.evaluation.sources import SourceContext, load_source
+from distill.evaluation.features import load_probed
 from distill.export import Card, ExportArgs, export_model, export_run
 from distill.models import create_student, create_vit
 from shards.pack import pack
 
 IMG_SIZE = 32
+WITHOUT_RUN: dict[str, Any] = {"run": None, "img_size": IMG_SIZE, "device": torch.device("cpu")}
 STUDENT = StudentConfig(patch_size=8, embed_dim=32, depth=2, num_heads=2, layer_scale=1.0)
 
 
@@ -115,29 +117,26 @@ def test_a_probe_twice_gives_the_same_figures_and_a_smaller_one_another_hash(tra
     assert {path.name for path in (trained.root / "again").iterdir()} == {"probe.json", "table.txt"}
 
 
-def test_each_source_loads_the_weights_it_names(trained: Fixture) -> None:
-    context = SourceContext(None, None, IMG_SIZE, torch.device("cpu"))
-    student = load_source(f"run:{trained.run}", context)
+def test_each_name_loads_the_weights_it_names(trained: Fixture) -> None:
+    student = load_probed(f"run:{trained.run}", **WITHOUT_RUN)
     expected = create_student(STUDENT, seed=77).state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in student.entry.model.state_dict().items())
     assert student.detail == "step 30"
     weights = trained.root / "teacher" / "model.safetensors"
-    from_file = load_source(f"timm:local-dir:{trained.root / 'teacher'}@{weights}", context)
+    from_file = load_probed(f"timm:local-dir:{trained.root / 'teacher'}@{weights}", **WITHOUT_RUN)
     assert from_file.embed_dim == 48
 
 
-@pytest.mark.parametrize("source", ["student", "run:", "timm", "export:", "random:3", "teacher:x"])
-def test_an_unknown_source_lists_the_known_ones(source: str) -> None:
-    context = SourceContext(None, None, IMG_SIZE, torch.device("cpu"))
-    with pytest.raises(UserError, match=r"not a model source. Give one of run, run:FOLDER, teacher"):
-        load_source(source, context)
+@pytest.mark.parametrize("probed", ["student", "run:", "timm", "export:", "random:3", "teacher:x"])
+def test_an_unknown_model_lists_the_known_ones(probed: str) -> None:
+    with pytest.raises(UserError, match=r"not a model to probe. Give one of run, run:FOLDER, teacher"):
+        load_probed(probed, **WITHOUT_RUN)
 
 
-@pytest.mark.parametrize("source", ["run", "teacher", "random"])
-def test_a_source_that_needs_a_run_says_so(source: str) -> None:
-    context = SourceContext(None, None, IMG_SIZE, torch.device("cpu"))
-    with pytest.raises(UserError, match=rf"{source!r}: it belongs to a run.*--run FOLDER"):
-        load_source(source, context)
+@pytest.mark.parametrize("probed", ["run", "teacher", "random"])
+def test_a_model_that_needs_a_run_says_so(probed: str) -> None:
+    with pytest.raises(UserError, match=rf"{probed!r}: it belongs to a run.*--run FOLDER"):
+        load_probed(probed, **WITHOUT_RUN)
 
 
 def test_bad_data_is_named(trained: Fixture, tmp_path: Path) -> None:

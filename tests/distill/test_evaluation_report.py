@@ -49,7 +49,7 @@ def a_model(name: str, knn: float, top1: float, **changes: Any) -> ModelReport:
     result = LinearResult("cls", top1, top1 - 1, 1e-3, at_grid_edge=False, unconverged=0)
     model = ModelReport(
         name=name,
-        source=name,
+        probed=name,
         detail="",
         num_parameters=1_500_000,
         knn={10: knn, 20: knn + 1},

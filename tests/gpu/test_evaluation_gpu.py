@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from distill.evaluation.features import FeatureModel, extract_patch_tokens
-from distill.evaluation.knn import knn_predict
 from distill.evaluation.logistic import fit_logistic
+from distill.evaluation.measures import knn_predict
 from distill.models import create_vit
 from pipeline.batch import normalise
 

@@ -1,8 +1,9 @@
-"""Weighted k-nearest-neighbour classification of frozen features, as DINO evaluates it."""
+"""Measures of frozen features that train no classifier: weighted k-NN, effective rank, agreement with the teacher."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 from distill.config import TrainConfig
-from distill.evaluation.features import LabelledCrops, Normalise, extract_features
+from distill.evaluation.features import Normalise, extract_features
 from pipeline.batch import normalise
 from pipeline.readers import CenterCropBatch, read_center_crops
 from shards.format import load_index, load_manifest
@@ -108,8 +109,8 @@ def knn_accuracy(
 
 def knn_top1(
     model: nn.Module,
-    bank: Iterable[LabelledCrops],
-    queries: Iterable[LabelledCrops],
+    bank: Iterable[CenterCropBatch],
+    queries: Iterable[CenterCropBatch],
     *,
     normalise: Normalise,
     device: torch.device | str,
@@ -192,3 +193,90 @@ def student_knn(student: nn.Module, config: TrainConfig, device: torch.device) -
 
     bank = crops(config.data.data_path, config.runtime.knn_max_rows)
     return knn_top1(student, bank, crops(config.data.val_data_path, None), normalise=normalise, device=device)
+
+
+RANKME_MAX_ROWS = 25_600
+
+
+def rankme(features: Float[Tensor, "n d"], *, max_rows: int = RANKME_MAX_ROWS) -> float:
+    """Effective rank: exp of the entropy of the normalised singular values (Garrido et al. 2023, RankMe).
+
+    Args:
+        features: [n, d], uncentred, as the paper has it; fp64 inside.
+        max_rows: evenly spaced rows that are used of a longer matrix (25,600 in the paper).
+
+    Returns:
+        From 1 (one direction) to min(n, d) (all directions alike).
+    """
+    if len(features) > max_rows:
+        features = features[torch.linspace(0, len(features) - 1, max_rows, device=features.device).long()]
+    singular = torch.linalg.svdvals(features.double())
+    share = singular / singular.sum()
+    entropy = torch.special.entr(share).sum()
+    return entropy.exp().item()
+
+
+@dataclass(frozen=True)
+class LinearMap:
+    """x -> (x - student_mean) @ weight, the best estimate of teacher - teacher_mean.
+
+    Attributes:
+        weight: fp32 [d, e].
+        student_mean: fp32 [d].
+        teacher_mean: fp32 [e].
+    """
+
+    weight: Float[Tensor, "d e"]
+    student_mean: Float[Tensor, " d"]
+    teacher_mean: Float[Tensor, " e"]
+
+    def centred(self, student: Float[Tensor, "*n d"]) -> Float[Tensor, "*n e"]:
+        """Estimate of the teacher's features less their mean."""
+        return (student - self.student_mean) @ self.weight
+
+    def __call__(self, student: Float[Tensor, "*n d"]) -> Float[Tensor, "*n e"]:
+        """Estimate of the teacher's features."""
+        return self.centred(student) + self.teacher_mean
+
+
+def fit_linear_map(student: Float[Tensor, "n d"], teacher: Float[Tensor, "n e"], *, ridge: float = 1e-3) -> LinearMap:
+    """Ridge regression from a student's features to its teacher's.
+
+    Args:
+        student: [n, d].
+        teacher: [n, e], same rows.
+        ridge: penalty, in units of the mean eigenvalue of the student's covariance.
+    """
+    if len(student) != len(teacher) or len(student) < 2:
+        raise UserError(
+            f"linear map: {len(student)} student and {len(teacher)} teacher rows. Both need the same rows, two "
+            "at least. Extract both models over the same images."
+        )
+    student_mean, teacher_mean = student.double().mean(dim=0), teacher.double().mean(dim=0)
+    centred = student.double() - student_mean
+    covariance = centred.T @ centred / len(student)
+    cross = centred.T @ (teacher.double() - teacher_mean) / len(student)
+    penalty = (ridge * covariance.diagonal().mean()).clamp_min(torch.finfo(torch.float64).tiny)
+    identity = torch.eye(len(covariance), dtype=torch.float64, device=student.device)
+    weight = torch.linalg.solve(covariance + penalty * identity, cross)
+    return LinearMap(weight.float(), student_mean.float(), teacher_mean.float())
+
+
+def cosine_to_teacher(
+    student_train: Float[Tensor, "n d"],
+    teacher_train: Float[Tensor, "n e"],
+    student_val: Float[Tensor, "m d"],
+    teacher_val: Float[Tensor, "m e"],
+    *,
+    ridge: float = 1e-3,
+) -> float:
+    """Mean cosine on val between the teacher's features and the student's, mapped linearly onto them.
+
+    The map is fitted on train, the same way for every model, so a student needs no projection head to be
+    compared. Both sides are centred by the teacher's train mean: an uncentred cosine is mostly the mean that
+    all images share, and a random network scores high on it.
+    """
+    mapping = fit_linear_map(student_train, teacher_train, ridge=ridge)
+    estimate = mapping.centred(student_val.float())
+    truth = teacher_val.float() - mapping.teacher_mean
+    return F.cosine_similarity(estimate, truth, dim=1).double().mean().item()

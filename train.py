@@ -28,7 +28,7 @@ from distill.config import TrainConfig, has_checkpoint, write_or_check_config
 from distill.evaluation.measures import check_validation, student_knn
 from distill.gradients import check_compiled_gradients, term_gradient_norms
 from distill.metrics import MetricsLog
-from distill.models import create_student
+from distill.models import create_student, load_initial_weights
 from distill.optim import Schedule, StudentEma, clip_gradients, create_optimizer, due, set_lr, skip_update
 from distill.prototypes import PROTOTYPES, Prototypes, fit_or_share_prototypes, load_prototypes
 from distill.runtime import (
@@ -66,6 +66,7 @@ def train(config: TrainConfig, ranks: Ranks) -> None:
 
     # The student, its heads and losses: one module, compiled as one graph.
     student = create_student(config.student, seed=config.runtime.seed)
+    load_initial_weights(student, config.student)
     torch.manual_seed(config.runtime.seed)
     step_module = DistillStep(
         student,

@@ -30,6 +30,8 @@ class StudentConfig:
     """vit_tiny, vit_small, vit_base or vit_large (timm's DINOv3 family), or another timm Eva model with RoPE."""
     patch_size: int = 16
     """Side of a patch in pixels."""
+    init: str | None = None
+    """Weights to start from: an exported student's folder, a file of weights, or `pretrained` for timm's own."""
     embed_dim: int | None = None
     """Width, if not the architecture's own."""
     depth: int | None = None
@@ -326,7 +328,7 @@ def preset(name: str) -> TrainConfig:
 # its length. The weights' file may lie elsewhere: the prototypes hold the hash of what is in it.
 FREE_SETTINGS = frozenset(
     {
-        "lr", "min_lr", "epochs", "max_steps", "accumulation_steps", "teacher_pretrained_weights",
+        "init", "lr", "min_lr", "epochs", "max_steps", "accumulation_steps", "teacher_pretrained_weights",
         "data_path", "val_data_path", "cache_path", "num_threads", "on_bad_sample", "skip_budget", "batch_size_per_gpu",
         "output_dir", "device", "compile", "compile_backend", "check_compile", "log_every",
         "term_gradients_every", "checkpoint_every", "keep_checkpoints", "keep_every", "knn_every_epochs",
@@ -345,7 +347,15 @@ def load_config(run_dir: Path) -> TrainConfig:
     path = run_dir / "config.json"
     if not path.is_file():
         raise UserError(f"{path}: no such file, so {run_dir} is not the folder of a run. Check --run / --output_dir.")
-    return TrainConfig.from_json(path.read_text())
+    return read_config(path)
+
+
+def read_config(path: Path) -> TrainConfig:
+    """Read a config.json; UserError where it is none."""
+    try:
+        return TrainConfig.from_json(path.read_text())
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as a config.json ({error}). Give the file of a run.") from error
 
 
 def write_or_check_config(config: TrainConfig, run_dir: Path) -> None:

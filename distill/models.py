@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 from distill.config import StudentConfig
+from distill.weights import load_state, load_weights
 
 FAMILY = ("vit_tiny", "vit_small", "vit_base", "vit_large")
 
@@ -69,6 +70,25 @@ def create_student(config: StudentConfig, *, seed: int) -> Eva:
         torch.manual_seed(seed)
         model = create_vit(config.arch, patch_size=config.patch_size, model_args=args)
     return _packable(model, config.arch)
+
+
+def load_initial_weights(student: Eva, config: StudentConfig) -> None:
+    """Give a student the weights that `config.init` names; nothing where it names none.
+
+    Raises:
+        UserError: they cannot be read, found or downloaded, or do not fit.
+    """
+    if config.init == "pretrained":
+        try:
+            named = create_vit(config.arch, patch_size=config.patch_size, pretrained=True)
+        except OSError as error:
+            raise UserError(
+                f"--init pretrained: the weights of {config.arch} could not be found or downloaded "
+                f"({str(error).partition(chr(10))[0]}). Give a local file or folder."
+            ) from error
+        load_state(student, named.state_dict(), where=f"--init pretrained ({config.arch})")
+    elif config.init is not None:
+        load_weights(student, config.init)
 
 
 def _packable(model: Any, arch: str) -> Eva:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from common.device import pick_device
 from common.errors import UserError
-from distill.config import LOSS_PRESETS, RuntimeConfig, TrainConfig, preset
+from distill.config import LOSS_PRESETS, RuntimeConfig, TrainConfig, preset, read_config
 from pipeline.batch import MultiCropBatch
 
 
@@ -71,14 +71,18 @@ _OTHER_NAMES = {
 def parse_config(argv: Sequence[str] | None = None) -> TrainConfig:
     """Read the command line: a loss preset first, then single flags over it.
 
-    Flags are flat (`--dino_loss_weight`), with underscores or hyphens. An unknown flag ends the program with
-    the closest match.
+    `--config FILE` takes the settings of a run's config.json in the preset's place. Flags are flat
+    (`--dino_loss_weight`), with underscores or hyphens. An unknown flag ends the program with the closest match.
 
     Raises:
         UserError: no preset has that name, or a flag is another trainer's.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    name = "five"
+    name, default = "five", None
+    if "--config" in argv[:-1]:
+        at = argv.index("--config")
+        default = read_config(Path(argv[at + 1]))
+        del argv[at : at + 2]
     for i, word in enumerate(argv):
         flag = word.removeprefix("--").partition("=")[0].replace("-", "_")
         if word.startswith("--") and flag in _OTHER_NAMES:
@@ -91,10 +95,11 @@ def parse_config(argv: Sequence[str] | None = None) -> TrainConfig:
     return tyro.cli(
         kind,
         args=argv,
-        default=preset(name),
+        default=default or preset(name),
         prog="train.py",
         use_underscores=True,
-        description=f"Distill a frozen ViT into a small one. Loss presets: {', '.join(LOSS_PRESETS)}.",
+        description=f"Distill a frozen ViT into a small one. Loss presets: {', '.join(LOSS_PRESETS)}. "
+        "--config FILE takes the settings of a run's config.json, single flags over it.",
     )
 
 

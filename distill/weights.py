@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import pickle
 import warnings
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from common.errors import UserError
 
 StateDict = dict[str, Tensor]
+log = logging.getLogger(__name__)
 
 # Present in Meta's files and without a counterpart in timm's models: training-only or recomputed buffers.
 _META_TRAINING_ONLY = ("mask_token", "rope_embed.periods", "local_cls_norm.weight", "local_cls_norm.bias")
@@ -29,35 +31,56 @@ _META_TO_TIMM = {
 }
 
 
+_HUGGINGFACE_TO_META = {
+    "embeddings.patch_embeddings.": "patch_embed.proj.",
+    "embeddings.register_tokens": "storage_tokens",
+    "embeddings.": "",
+    "layer.": "blocks.",
+    "attention.o_proj": "attn.proj",
+    "layer_scale1.lambda1": "ls1.gamma",
+    "layer_scale2.lambda1": "ls2.gamma",
+}
+
+
 def load_weights(model: nn.Module, path: str | Path) -> None:
     """Load a local checkpoint into a timm ViT, with every key accounted for.
 
     Args:
         model: a timm ViT; changed in place.
-        path: `.safetensors` in timm's layout, or `.pth` / `.pt` in Meta's DINOv3 or DINOv2 layout or
-            timm's. Absolute positions are resampled to the model's grid by timm.
+        path: `.safetensors`, `.pth` or `.pt`, or a folder with model.safetensors, in the layout of timm, of Meta's
+            DINOv3 or DINOv2, or of Hugging Face's DINOv3ViTModel. Absolute positions are resampled to the model's
+            grid by timm.
 
     Raises:
         UserError: the file is missing, not a plain state dict, or its keys or shapes differ from the
-            model's; the message lists them.
+            model's; the message says what the file holds.
     """
     path = Path(path)
     state = read_state_dict(path)
+    if "embeddings.register_tokens" in state:
+        state = huggingface_to_meta(state)
     if "storage_tokens" in state:
         state = meta_to_timm(state, has_qkv_bias="blocks.0.attn.q_bias" in model.state_dict(), where=str(path))
     elif isinstance(model, VisionTransformer):
         state = checkpoint_filter_fn(state, model)  # Meta's DINOv2 keys, and a position table of another image size
+    load_state(model, state, where=str(path))
+
+
+def load_state(model: nn.Module, state: StateDict, *, where: str) -> None:
+    """Load a state dict in timm's layout; UserError, beginning with `where`, if a key or shape differs."""
     problems = _differences(model.state_dict(), state)
     if problems:
+        shown = "; ".join(problems[:3]) + ("; ..." if len(problems) > 3 else "")
         raise UserError(
-            f"{path}: the weights do not fit the model:\n  " + "\n  ".join(problems) + "\n"
-            "Check that the architecture is the one these weights were made for."
+            f"{where}: the weights do not fit the model. They are {_described(state)}. {len(problems)} tensors differ: "
+            f"{shown}. Give the architecture that they were made for."
         )
     model.load_state_dict(state, strict=True)
 
 
 def read_state_dict(path: Path) -> StateDict:
     """Read a state dict without unpickling anything; UserError says what the file is instead."""
+    path = path / "model.safetensors" if path.is_dir() else path
     if not path.is_file():
         raise UserError(f"{path}: no such file. Pass the path of a .pth or .safetensors checkpoint.")
     try:
@@ -72,12 +95,44 @@ def read_state_dict(path: Path) -> StateDict:
             f"{path}: not a readable checkpoint ({str(error).partition(chr(10))[0] or 'it ends too early'}). "
             "Download it again, or save its state dict alone with torch.save or safetensors."
         ) from error
-    for wrapper in ("model", "state_dict"):
+    for wrapper in ("model", "state_dict", "teacher"):
         if isinstance(loaded, dict) and isinstance(loaded.get(wrapper), dict):
+            log.info("%s: taking what it holds as %r", path, wrapper)
             loaded = loaded[wrapper]
     if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
         raise UserError(f"{path}: holds no plain state dict (names to tensors). Save the model's state dict alone.")
-    return loaded
+    # A training checkpoint of Meta's holds the heads beside the backbone.
+    backbone = {key.removeprefix("backbone."): value for key, value in loaded.items() if key.startswith("backbone.")}
+    return backbone or loaded
+
+
+def huggingface_to_meta(state: StateDict) -> StateDict:
+    """Rename the keys of Hugging Face's `DINOv3ViTModel` to Meta's, which has queries, keys and values in one."""
+    gated = any("gate_proj" in key for key in state)
+    mlp = {"gate_proj": "w1", "up_proj": "w2", "down_proj": "w3"} if gated else {"up_proj": "fc1", "down_proj": "fc2"}
+    renamed: StateDict = {}
+    for key, value in state.items():
+        for theirs, metas in (_HUGGINGFACE_TO_META | mlp).items():
+            key = key.replace(theirs, metas)
+        renamed[key] = value
+    for first in [key for key in renamed if "attention.q_proj." in key]:
+        query, value = renamed.pop(first), renamed.pop(first.replace("q_proj", "v_proj"))
+        keys = renamed.pop(first.replace("q_proj", "k_proj"), torch.zeros_like(query))  # the keys have no bias
+        renamed[first.replace("attention.q_proj", "attn.qkv")] = torch.cat([query, keys, value])
+    return renamed
+
+
+def _described(state: StateDict) -> str:
+    """What a state dict is of, in a few words, with timm's likely name for it."""
+    patches = state.get("patch_embed.proj.weight")
+    if patches is None:
+        return "not those of a ViT"
+    width, side = patches.shape[0], patches.shape[-1]
+    depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
+    size = {(192, 12): "tiny", (384, 12): "small", (768, 12): "base", (1024, 24): "large", (1280, 32): "huge_plus"}
+    name = {14: "dinov2", 16: "dinov3"}.get(side)
+    likely = f", likely vit_{size[width, depth]}_patch{side}_{name}" if name and (width, depth) in size else ""
+    return f"of a ViT of width {width}, depth {depth} and patch size {side}{likely}"
 
 
 def meta_to_timm(state: StateDict, *, has_qkv_bias: bool, where: str) -> StateDict:

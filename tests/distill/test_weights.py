@@ -167,3 +167,56 @@ def test_metas_dinov2_keys_load_with_positions_of_another_image_size(tmp_path: P
     load_weights(smaller, tmp_path / "dinov2_vits14_reg4_pretrain.pth")
     expected = resample_abs_pos_embed(source.pos_embed, (3, 3), num_prefix_tokens=0)
     torch.testing.assert_close(smaller.pos_embed, expected)
+
+
+@pytest.mark.parametrize(
+    ("arch", "gated"), [("vit_small_patch16_dinov3_qkvb", False), ("vit_huge_plus_patch16_dinov3", True)]
+)
+def test_hugging_faces_keys_give_the_same_weights(arch: str, gated: bool, tmp_path: Path) -> None:
+    """Under the keys that transformers 5.24 saves a DINOv3ViTModel with."""
+    model = create_vit(arch, model_args=SMALL)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    theirs: dict[str, Tensor] = {"embeddings.mask_token": torch.zeros(1, 1, 32)}
+    renamed = {
+        "blocks.": "layer.", "attn.proj": "attention.o_proj", "gamma_1": "layer_scale1.lambda1",
+        "gamma_2": "layer_scale2.lambda1", "patch_embed.proj": "embeddings.patch_embeddings",
+        "cls_token": "embeddings.cls_token", "reg_token": "embeddings.register_tokens",
+    }  # fmt: skip
+    renamed |= {"fc1_g": "gate_proj", "fc1_x": "up_proj"} if gated else {"fc1": "up_proj"}
+    renamed |= {"fc2": "down_proj", "attn.q_bias": "attention.q_proj.bias", "attn.v_bias": "attention.v_proj.bias"}
+    for key, value in model.state_dict().items():
+        for ours, name in renamed.items():
+            key = key.replace(ours, name)
+        if "attn.qkv" in key:
+            for letter, part in zip("qkv", value.chunk(3), strict=True):
+                theirs[key.replace("attn.qkv", f"attention.{letter}_proj")] = part.contiguous()
+        elif not key.endswith("k_bias"):
+            theirs[key] = value
+    if gated:  # this one has no biases of queries and values: theirs are zeros
+        theirs |= {f"layer.{i}.attention.{x}_proj.bias": torch.zeros(32) for i in range(2) for x in "qv"}
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    save_file(theirs, folder / "model.safetensors")
+    for place in (folder, folder / "model.safetensors"):
+        other = create_vit(arch, model_args=SMALL)
+        load_weights(other, place)
+        assert tensors_sha256(other.state_dict()) == tensors_sha256(model.state_dict())
+
+
+def test_the_teacher_of_a_training_checkpoint_loads_without_its_heads(tmp_path: Path) -> None:
+    source = create_vit("vit_small", model_args=SMALL)
+    state = {f"backbone.{key}": value for key, value in meta_layout(source).items()}
+    state["dino_head.mlp.0.weight"] = torch.zeros(4, 32)
+    torch.save({"teacher": state, "iteration": 12}, tmp_path / "teacher_checkpoint.pth")
+    model = create_vit("vit_small", model_args=SMALL)
+    load_weights(model, tmp_path / "teacher_checkpoint.pth")
+    assert tensors_sha256(model.state_dict()) == tensors_sha256(source.state_dict())
+
+
+def test_weights_of_another_architecture_are_told_in_one_line_with_the_likely_one(tmp_path: Path) -> None:
+    save_file(create_vit("vit_tiny").state_dict(), tmp_path / "w.safetensors")
+    with pytest.raises(UserError) as error:
+        load_weights(create_vit("vit_small"), tmp_path / "w.safetensors")
+    assert "width 192, depth 12 and patch size 16, likely vit_tiny_patch16_dinov3" in str(error.value)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import train
 from common.locks import file_lock
-from distill.checkpoint import list_checkpoints
+from distill.checkpoint import list_checkpoints, load_newest
 from distill.models import create_vit
 from distill.step import DistillStep
 from shards.pack import pack
@@ -194,3 +194,22 @@ def test_a_signal_before_the_first_step_ends_the_run_with_a_line(
     assert printed.rstrip().endswith("the same command continues from here.")
     assert "Traceback" not in printed
     assert command(workplace.flags(run_dir, *flags))[0] == 0
+
+
+def test_a_run_begins_from_an_export_with_the_settings_of_a_file(
+    workplace: Workplace, run: Callable[..., str], command: Command, tmp_path: Path
+) -> None:
+    run()
+    subprocess.run(
+        [sys.executable, "-m", "distill.export", "--run", tmp_path / "run", "--output", tmp_path / "export"],
+        cwd=ROOT, check=True, capture_output=True,
+    )  # fmt: skip
+    config = ["--config", str(tmp_path / "run" / "config.json"), "--init", str(tmp_path / "export")]
+    status, printed = command([*config, "--output_dir", str(tmp_path / "next"), "--max_steps", "1", "--lr", "1e-30"])
+    assert status == 0, printed
+    state = load_newest(tmp_path / "next")[1]["model"]  # type: ignore[index]
+    exported = load_file(tmp_path / "export" / "model.safetensors")
+    for key, value in exported.items():
+        assert torch.equal(state[f"student.{key}"], value), key
+    assert command(["--config", str(tmp_path / "none.json")])[0] == 2
+    assert "the weights do not fit" in command([*config, "--output_dir", str(tmp_path / "deep"), "--depth", "3"])[1]

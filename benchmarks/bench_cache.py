@@ -12,11 +12,10 @@ from __future__ import annotations
 import argparse
 import functools
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -84,13 +83,9 @@ def make_cache(root: Path, spec: CacheSpec) -> None:
         writer = ShardWriter(paths, spec, 0, shard, json_sha256(fingerprint))
         numbers = np.arange(start, start + rows)
         group = TeacherCropBatch(
-            numbers,
-            numbers.astype(np.uint64),
-            np.zeros(rows, np.uint32),
-            0,
-            torch.empty(0, dtype=torch.uint8),
-            np.zeros((rows, 2, 6), np.int32),
-        )
+            numbers, numbers.astype(np.uint64), np.zeros(rows, np.uint32), 0,
+            torch.empty(0, dtype=torch.uint8), np.zeros((rows, 2, 6), np.int32),
+        )  # fmt: skip
         shape = (rows, spec.num_crops, spec.num_patches, spec.embed_dim)
         codes = torch.from_numpy(generator.integers(-127, 128, shape, np.int8))
         scale = torch.ones(shape[:3], dtype=torch.float16)
@@ -152,28 +147,16 @@ def drop_pages(folders: list[Path]) -> None:
     for folder in folders:
         for path in [folder, *folder.rglob("*")]:
             if path.is_file():
-                fd = os.open(path, os.O_RDONLY)
-                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-                os.close(fd)
-
-
-def batches_of(order: str, num_rows: int, count: int, generator: np.random.Generator) -> list[Rows]:
-    """Return `count` batches of rows."""
-    if order == "random":
-        return [generator.choice(num_rows, BATCH, replace=False) for _ in range(count)]
-    first = int(generator.integers(0, max(1, num_rows - count * BATCH + 1)))
-    return list(np.arange(first, first + count * BATCH).reshape(count, BATCH) % num_rows)
+                with path.open("rb") as file:
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def measure(
-    case: str,
-    methods: Mapping[str, Callable[[], int]],
-    *,
-    rounds: int,
-    row_bytes: int,
-    before: Callable[[], None] = lambda: None,
+    case: str, methods: Mapping[str, Callable[[], int]], *, rounds: int, row_bytes: int, before: Callable[[], None]
 ) -> list[Comparison]:
     """Time each method once a round, in random order; a method returns the number of rows it moved."""
+    for run in methods.values():  # warms up
+        run()
     names = list(methods)
     speed: dict[str, list[float]] = {name: [] for name in names}
     cpu: dict[str, list[float]] = {name: [] for name in names}
@@ -186,21 +169,19 @@ def measure(
             seconds = time.perf_counter() - began
             speed[names[i]].append(rows / seconds)
             cpu[names[i]].append((time.process_time() - began_cpu) / (rows * row_bytes / 1e9))
-    reference = np.array(speed[names[0]])
     results = []
     for name in names:
-        images = np.array(speed[name])
-        low, middle, high = np.quantile(images, [0.25, 0.5, 0.75])
+        low, middle, high = np.quantile(speed[name], [0.25, 0.5, 0.75])
         results.append(
             Comparison(
                 case=case,
                 method=name,
                 megabytes_per_second=middle * row_bytes / 1e6,
                 spread=(high - low) / middle,
-                ratio=float(np.median(images / reference)),
+                ratio=float(np.median(np.divide(speed[name], speed[names[0]]))),
                 images_per_second=middle,
                 cpu_seconds_per_gb=float(np.median(cpu[name])),
-                cpu_ratio=float(np.median(np.array(cpu[names[0]]) / np.array(cpu[name]))),
+                cpu_ratio=float(np.median(np.divide(cpu[names[0]], cpu[name]))),
                 rounds=rounds,
             )
         )
@@ -208,8 +189,13 @@ def measure(
 
 
 def read_batches(read: Read, order: str, num_rows: int, count: int, generator: np.random.Generator) -> int:
-    """Read `count` batches and return the number of rows."""
-    for rows in batches_of(order, num_rows, count, generator):
+    """Read `count` batches, of rows at random or in a row from a random place; return the number of rows."""
+    if order == "random":
+        batches = [generator.choice(num_rows, BATCH, replace=False) for _ in range(count)]
+    else:
+        first = int(generator.integers(0, max(1, num_rows - count * BATCH + 1)))
+        batches = list(np.arange(first, first + count * BATCH).reshape(count, BATCH) % num_rows)
+    for rows in batches:
         read(rows)
     return count * BATCH
 
@@ -225,17 +211,15 @@ def bench_reading(root: Path, flat: Path, spec: CacheSpec, *, rounds: int, count
                 name: functools.partial(read_batches, read, order, spec.num_rows, count, generator)
                 for name, read in readers.methods().items()
             }
-            for run in methods.values():
-                run()
 
             def before(cold: bool = temperature == "cold") -> None:
                 if cold:
                     readers.map_again()
                     drop_pages([root, flat])
 
-            results += measure(
-                f"read {order}, {temperature}", methods, rounds=rounds, row_bytes=readers.array.row_bytes, before=before
-            )
+            row_bytes = readers.array.row_bytes
+            case = f"read {order}, {temperature}"
+            results += measure(case, methods, rounds=rounds, row_bytes=row_bytes, before=before)
     return results
 
 
@@ -244,18 +228,15 @@ def bench_writing(folder: Path, spec: CacheSpec, *, rounds: int) -> list[Compari
     array, rows = spec.arrays()[0], spec.capacity
     data = np.random.default_rng(4).integers(0, 256, (rows, array.row_bytes), np.uint8)
     create_group(folder / "zarr", {}, {})
-    create_view_set(
-        folder / "zarr", 0, CacheSpec((rows,), spec.num_crops, spec.num_patches, spec.embed_dim, spec.codec)
-    )
+    create_view_set(folder / "zarr", 0, replace(spec, shard_rows=(rows,)))
     target = zarr.open_array(folder / "zarr/data.zarr/v0/patch", mode="r+", config={"write_empty_chunks": True})
 
     def raw(*, sync: bool) -> int:
-        fd = os.open(folder / "raw", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        for row in data:
-            os.write(fd, row)
-        if sync:
-            os.fsync(fd)
-        os.close(fd)
+        with (folder / "raw").open("wb", buffering=0) as file:
+            for row in data:
+                file.write(row)
+            if sync:
+                os.fsync(file)
         return rows
 
     def direct() -> int:
@@ -275,16 +256,13 @@ def bench_writing(folder: Path, spec: CacheSpec, *, rounds: int) -> list[Compari
         "direct writer + fsync": direct,
         "zarr-python, no fsync": by_zarr,
     }
-    for run in methods.values():
-        run()
-    return measure("write a shard", methods, rounds=rounds, row_bytes=array.row_bytes)
+    return measure("write a shard", methods, rounds=rounds, row_bytes=array.row_bytes, before=lambda: None)
 
 
 def print_table(results: list[Comparison]) -> None:
     """Print the measurements."""
-    print(
-        f"{'case':26}{'method':26}{'MB/s':>8}{'spread':>8}{'ratio':>8}{'images/s':>10}{'cpu-s/GB':>10}{'cpu ratio':>11}"
-    )
+    columns = f"{'MB/s':>8}{'spread':>8}{'ratio':>8}{'images/s':>10}{'cpu-s/GB':>10}{'cpu ratio':>11}"
+    print(f"{'case':26}{'method':26}{columns}")
     for r in results:
         print(
             f"{r.case:26}{r.method:26}{r.megabytes_per_second:8.0f}{r.spread:8.0%}{r.ratio:8.2f}"
@@ -300,16 +278,14 @@ def main() -> None:
     options = parser.parse_args()
     shards, rows, rounds, count = (2, 128, 3, 2) if options.quick else (8, 256, 9, 8)
     spec = CacheSpec((rows,) * shards, num_crops=2, num_patches=196, embed_dim=1024, codec="int8")
-    folder = Path(tempfile.mkdtemp(prefix="bench-cache-", dir=options.folder))
-    try:
+    with tempfile.TemporaryDirectory(prefix="bench-cache-", dir=options.folder) as name:
+        folder = Path(name)
         root, flat = folder / "cache", folder / "flat.bin"
         make_cache(root, spec)
         np.random.default_rng(0).integers(0, 256, (spec.num_rows, spec.arrays()[0].row_bytes), np.uint8).tofile(flat)
         os.sync()
         results = bench_reading(root, flat, spec, rounds=rounds, count=count)
         results += bench_writing(folder, spec, rounds=rounds)
-    finally:
-        shutil.rmtree(folder)
     print_table(results)
     if not options.quick:
         about = {"date": time.strftime("%Y-%m-%d"), "commit": commit(), "machine": hardware(), "versions": versions()}

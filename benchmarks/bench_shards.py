@@ -9,7 +9,6 @@ processes it is the wall. Files are in the page cache: disks are not what is mea
 
 from __future__ import annotations
 
-import argparse
 import io
 import os
 import shutil
@@ -17,12 +16,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from PIL import Image
 
-from benchmarks.results import Measurement, append_measurements, print_table
+from benchmarks.results import Measurement, Row, append_measurements, measure, parser_of, print_table
 from benchmarks.synthetic import write_images
 from common.hashing import file_sha256
 from shards.format import load_manifest
@@ -39,12 +37,7 @@ _RATIOS = [(_PACK, _COPY), (_PACK, _PILLOW), ("verify, decode none", "sha256 of 
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print the table, append the rows."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_shards", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="few images and rounds: does it run?")
-    parser.add_argument("--images", type=int, default=800, help="images of the data set")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "shards.csv")
-    options = parser.parse_args(arguments)
+    options = parser_of("shards", __doc__, images=800).parse_args(arguments)
     images, rounds = (64, 2) if options.quick else (options.images, options.rounds)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -53,19 +46,16 @@ def main(arguments: list[str] | None = None) -> None:
         kilobytes = sum(file.stat().st_size for file in files) / len(files) / 1000
         pack(folder / "images", folder / "shards", workers=1, progress=False)
         assert load_manifest(folder / "shards").counts["verbatim"] == images
-        measured = _measure(
-            _cases(folder, files), folder, images, rounds, f"{images} JPEGs of {kilobytes:.0f} KB"
-        )
-        measured.append(_several_processes(folder, images, rounds))
+        measured = measure(_rows(folder, files, f"{images} JPEGs of {kilobytes:.0f} KB"), rounds)
+        measured += [*_ratios(measured), _several_processes(folder, images, rounds)]
     print_table(measured)
     append_measurements(options.results, measured)
 
 
-def _cases(folder: Path, files: list[Path]) -> dict[str, Callable[[], object]]:
-    """Return what is measured in one process, by name."""
+def _rows(folder: Path, files: list[Path], note: str) -> list[Row]:
     shards = folder / "shards"
     tars = sorted(shards.glob("*.tar"))
-    return {
+    cases = {
         _PACK: lambda: pack(folder / "images", folder / "packed", workers=1, progress=False),
         "strict decode alone": lambda: [sanitise(file.read_bytes()) for file in files],
         _COPY: lambda: _copy(files, folder / "copied"),
@@ -75,6 +65,12 @@ def _cases(folder: Path, files: list[Path]) -> dict[str, Callable[[], object]]:
         "sha256 of the tars": lambda: [file_sha256(tar) for tar in tars],
     }
 
+    def clean_up() -> None:
+        for output in ("packed", "copied"):
+            shutil.rmtree(folder / output, ignore_errors=True)
+
+    return [Row(name, len(files), run, note, clean_up=clean_up) for name, run in cases.items()]
+
 
 def _copy(files: list[Path], target: Path) -> None:
     target.mkdir()
@@ -82,24 +78,12 @@ def _copy(files: list[Path], target: Path) -> None:
         shutil.copyfile(file, target / file.name)
 
 
-def _measure(
-    cases: dict[str, Callable[[], object]], folder: Path, images: int, rounds: int, note: str
-) -> list[Measurement]:
-    speeds: dict[str, list[float]] = {name: [] for name in cases}
-    names = list(cases)
-    for number in range(rounds + 1):
-        for name in names[number % len(names) :] + names[: number % len(names)]:
-            begin = time.process_time()
-            cases[name]()
-            seconds = time.process_time() - begin
-            for output in ("packed", "copied"):
-                shutil.rmtree(folder / output, ignore_errors=True)
-            if number:  # the first round warms up
-                speeds[name].append(images / seconds)
-    rows = [Measurement(name, "images/core-s", tuple(values), note) for name, values in speeds.items()]
+def _ratios(measured: list[Measurement]) -> list[Measurement]:
+    found = {row.name: row for row in measured}
+    rows = []
     for one, other in _RATIOS:
-        pairs = zip(speeds[one], speeds[other], strict=True)
-        rows.append(Measurement(f"ratio: {one} / {other}", "", tuple(a / b for a, b in pairs), note))
+        pairs = zip(found[one].figures, found[other].figures, strict=True)
+        rows.append(Measurement(f"ratio: {one} / {other}", "", tuple(a / b for a, b in pairs), found[one].note))
     return rows
 
 

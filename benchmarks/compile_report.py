@@ -39,88 +39,75 @@ class Resources:
     shared_bytes: int
 
 
-def _signature(pointers: dict[str, str], scalars: dict[str, Any], constants: dict[str, Any]) -> dict[str, Any]:
-    signature: dict[str, Any] = {name: f"*{dtype}" for name, dtype in pointers.items()}
-    return signature | scalars | dict.fromkeys(constants, "constexpr")
+def _variant(
+    name: str, kernel: Any, pointers: dict[str, str], scalars: dict[str, Any], constants: dict[str, Any],
+    options: dict[str, int],
+) -> Variant:  # fmt: skip
+    signature: dict[str, Any] = {pointer: f"*{dtype}" for pointer, dtype in pointers.items()}
+    return Variant(name, kernel, signature | scalars | dict.fromkeys(constants, "constexpr"), constants, options)
 
 
 def _resolvent_variants(num_poles: int) -> Iterator[Variant]:
-
     weights = ("fp32",) * num_poles
-    constants: dict[str, Any] = {"NUM_POLES": num_poles, "TILE": triton_resolvent.RESOLVENT_TILE}
-    pointers = dict.fromkeys(("matrices", "work", "panels"), "fp32")
-    scalars: dict[str, Any] = {"poles": weights, "n": "i32", "num_tiles": "i32"}
-    signature = _signature(pointers, scalars, constants)
-    name = f"resolvent, {num_poles} poles"
-    yield Variant(name, triton_resolvent.resolvent_kernel, signature, constants, triton_resolvent.RESOLVENT_OPTIONS)
+    constants = {"NUM_POLES": num_poles, "TILE": triton_resolvent.RESOLVENT_TILE}
+    yield _variant(
+        f"resolvent, {num_poles} poles", triton_resolvent.resolvent_kernel,
+        dict.fromkeys(("matrices", "work", "panels"), "fp32"),
+        {"poles": weights, "n": "i32", "num_tiles": "i32"}, constants, triton_resolvent.RESOLVENT_OPTIONS,
+    )  # fmt: skip
     pointers = dict.fromkeys(("work", "target", "log", "partials"), "fp32")
     pointers |= {"upstream": "fp16", "operands": "fp16"}
     scalars = {"residues": weights, "constant": "fp32", "n": "i32", "num_tiles": "i32", "padded": "i32"}
-    for name, target, log, operands in (
+    for form, target, log, operands in (
         ("loss and gradient", True, False, True),
         ("loss", True, False, False),
         ("logarithm", False, True, False),
         ("pullback", False, False, True),
     ):
         flags = {"HAS_TARGET": target, "WRITE_LOG": log, "WRITE_OPERANDS": operands}
-        yield Variant(
-            f"combine, {num_poles} poles, {name}",
-            triton_resolvent.combine_kernel,
-            _signature(pointers, scalars, constants | flags),
-            constants | flags,
-            triton_resolvent.COMBINE_OPTIONS,
-        )
+        yield _variant(
+            f"combine, {num_poles} poles, {form}", triton_resolvent.combine_kernel,
+            pointers, scalars, constants | flags, triton_resolvent.COMBINE_OPTIONS,
+        )  # fmt: skip
 
 
 def _jacobi_variants(size: int) -> Iterator[Variant]:
-
     pointers = dict.fromkeys(("matrices", "given", "loss", "out", "scratch"), "fp32")
-    for name, target, gradient, pullback in (
+    constants = {
+        "SIZE": size,
+        "MAX_SWEEPS": triton_jacobi.JACOBI_SWEEPS,
+        "CONVERGED": triton_jacobi.JACOBI_CONVERGED,
+        "USABLE": triton_jacobi.JACOBI_USABLE,
+    }
+    for form, target, gradient, pullback in (
         ("loss and gradient", True, True, False),
         ("loss", True, False, False),
         ("logarithm", False, False, False),
         ("pullback", False, False, True),
     ):
-        constants = {
-            "SIZE": size,
-            "MAX_SWEEPS": triton_jacobi.JACOBI_SWEEPS,
-            "CONVERGED": triton_jacobi.JACOBI_CONVERGED,
-            "USABLE": triton_jacobi.JACOBI_USABLE,
-            "HAS_TARGET": target,
-            "WITH_GRADIENT": gradient,
-            "PULLBACK": pullback,
-        }
-        yield Variant(
-            f"jacobi {size}, {name}",
-            triton_jacobi.jacobi_kernel,
-            _signature(pointers, {"n": "i32"}, constants),
-            constants,
-            triton_jacobi.jacobi_options(size),
-        )
+        flags = {"HAS_TARGET": target, "WITH_GRADIENT": gradient, "PULLBACK": pullback}
+        yield _variant(
+            f"jacobi {size}, {form}", triton_jacobi.jacobi_kernel,
+            pointers, {"n": "i32"}, constants | flags, triton_jacobi.jacobi_options(size),
+        )  # fmt: skip
 
 
 def _spectral_variants() -> Iterator[Variant]:
-
-    tiles: dict[str, Any] = {"TILE": triton_spectral.SPECTRAL_TILE, "DEPTH": triton_spectral.SPECTRAL_DEPTH}
+    tiles = {"TILE": triton_spectral.SPECTRAL_TILE, "DEPTH": triton_spectral.SPECTRAL_DEPTH}
     pointers = dict.fromkeys(("vectors", "eigenvalues", "target", "out", "partials"), "fp32")
-    for name, target, write in (("loss and gradient", True, True), ("loss", True, False), ("log", False, True)):
+    n, options = {"n": "i32"}, triton_spectral.SPECTRAL_OPTIONS
+    for form, target, write in (("loss and gradient", True, True), ("loss", True, False), ("log", False, True)):
         constants = tiles | {"HAS_TARGET": target, "WRITE": write}
-        signature = _signature(pointers, {"n": "i32"}, constants)
-        options = triton_spectral.SPECTRAL_OPTIONS
-        yield Variant(f"log map, {name}", triton_spectral.log_map_kernel, signature, constants, options)
+        yield _variant(f"log map, {form}", triton_spectral.log_map_kernel, pointers, n, constants, options)
     pointers = dict.fromkeys(("vectors", "product", "eigenvalues", "out"), "fp32")
-    signature = _signature(pointers, {"n": "i32"}, tiles)
-    yield Variant("loewner", triton_spectral.loewner_kernel, signature, tiles, triton_spectral.SPECTRAL_OPTIONS)
+    yield _variant("loewner", triton_spectral.loewner_kernel, pointers, n, tiles, options)
 
 
 def variants() -> list[Variant]:
     """All kernels in all the forms that are launched (poles: the counts for eps = 1 and for small eps)."""
-    found: list[Variant] = []
-    for num_poles in (4, 5, 8):
-        found += _resolvent_variants(num_poles)
-    for size in (16, 32, 64):
-        found += _jacobi_variants(size)
-    return found + list(_spectral_variants())
+    resolvent = [variant for num_poles in (4, 5, 8) for variant in _resolvent_variants(num_poles)]
+    jacobi = [variant for size in (16, 32, 64) for variant in _jacobi_variants(size)]
+    return [*resolvent, *jacobi, *_spectral_variants()]
 
 
 def compile_variant(variant: Variant, target: int) -> Resources:

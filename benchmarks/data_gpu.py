@@ -33,16 +33,9 @@ def gpu_rows(shards: Path, *, quick: bool) -> list[Measurement]:
 def _open(shards: Path, backend: str, threads: int, hw_decoder: bool = False) -> MultiCropLoader:
     batch = min(_BATCH, load_manifest(shards).num_rows)
     return open_loader(
-        shards,
-        device="cuda",
-        backend=backend,
-        global_batch_size=batch,
-        seed=0,
-        augmentation=preset("dino"),
-        num_threads=threads,
-        hw_decoder=hw_decoder,
-        teacher_crops=False,
-    )
+        shards, device="cuda", backend=backend, global_batch_size=batch, seed=0, augmentation=preset("dino"),
+        num_threads=threads, hw_decoder=hw_decoder, teacher_crops=False,
+    )  # fmt: skip
 
 
 def _rate(loader: MultiCropLoader, batches: int) -> float:
@@ -50,9 +43,8 @@ def _rate(loader: MultiCropLoader, batches: int) -> float:
     for _ in range(5):
         next(loader)
     torch.cuda.synchronize()
-    start, images = time.perf_counter(), 0
-    for _ in range(batches):
-        images += len(next(loader).rows)
+    start = time.perf_counter()
+    images = sum(len(next(loader).rows) for _ in range(batches))
     torch.cuda.synchronize()
     return images / (time.perf_counter() - start)
 
@@ -105,8 +97,9 @@ def _overlap_rows(shards: Path, batches: int) -> list[Measurement]:
     for _ in range(_ROUNDS):
         alone.append(_milliseconds(compute, batches))
         with _open(shards, backend, threads) as loader:
-            images = [len(next(loader).rows) for _ in range(5)]
-            images.clear()
+            for _ in range(5):
+                next(loader)
+            images: list[int] = []
 
             def step(loader: MultiCropLoader = loader, images: list[int] = images) -> None:
                 images.append(len(next(loader).rows))

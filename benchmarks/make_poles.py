@@ -55,12 +55,10 @@ def error_at(s: Array, parameters: Array, num_poles: int) -> Array:
 
 def jacobian_at(s: Array, parameters: Array, num_poles: int) -> Array:
     """Derivatives of the error in the parameters, by central differences."""
-    columns = []
-    for index in range(len(parameters)):
-        step = np.zeros_like(parameters)
-        step[index] = 1e-6
-        forward = error_at(s, parameters + step, num_poles)
-        columns.append((forward - error_at(s, parameters - step, num_poles)) / 2e-6)
+    columns = [
+        (error_at(s, parameters + step, num_poles) - error_at(s, parameters - step, num_poles)) / 2e-6
+        for step in 1e-6 * np.eye(len(parameters))
+    ]
     return np.stack(columns, axis=1)
 
 
@@ -101,7 +99,7 @@ def exchange(half_width: float, start: Array, num_poles: int) -> Fit | None:
     """The minimax fit on |s| <= half_width from a start near it."""
     grid = half_width * np.sin(np.linspace(0, np.pi / 2, NUM_GRID))[1:]
     parameters = start
-    best: tuple[float, Array] | None = None
+    best: Fit | None = None
     for _ in range(30):
         peaks = alternating_extrema(error_at(grid, parameters, num_poles), num_poles + 1)
         if peaks is None:
@@ -111,12 +109,10 @@ def exchange(half_width: float, start: Array, num_poles: int) -> Fit | None:
             break
         parameters = solved
         worst = float(np.abs(error_at(grid, parameters, num_poles)).max())
-        if best is not None and worst >= best[0] * (1 - 1e-9):
+        if best is not None and worst >= best.error * (1 - 1e-9):
             break
-        best = (worst, parameters)
-    if best is None:
-        return None
-    return Fit(best[1], best[0])
+        best = Fit(parameters, worst)
+    return best
 
 
 def first_guess(half_width: float, num_poles: int) -> Array:
@@ -127,15 +123,9 @@ def first_guess(half_width: float, num_poles: int) -> Array:
     start = np.concatenate([nodes[:half], nodes[:half] + spacing, [spacing] if num_poles % 2 else []])
     points = half_width * np.sin(np.linspace(0, np.pi / 2, 400))[1:]
     fit = least_squares(
-        lambda p: error_at(points, p, num_poles),
-        start,
-        jac=lambda p: jacobian_at(points, p, num_poles),
-        method="lm",
-        max_nfev=2000,
-        xtol=1e-15,
-        ftol=1e-15,
-        gtol=1e-15,
-    )
+        lambda p: error_at(points, p, num_poles), start, jac=lambda p: jacobian_at(points, p, num_poles),
+        method="lm", max_nfev=2000, xtol=1e-15, ftol=1e-15, gtol=1e-15,
+    )  # fmt: skip
     return np.asarray(fit.x)
 
 

@@ -54,13 +54,6 @@ class TorchvisionRecipe:
         image = Image.open(io.BytesIO(jpeg)).convert("RGB")
         return [t(image) for t in self._global] + [self._local(image) for _ in range(self._num_local)]
 
-    def first_crop(self, jpeg: bytes) -> Tensor:
-        """Decode an image and make its first global crop, resize and flip only."""
-        image = Image.open(io.BytesIO(jpeg)).convert("RGB")
-        for transform in self._global[0].transforms[:2]:
-            image = transform(image)
-        return torch.from_numpy(np.array(image))
-
 
 class PillowRecipe:
     """The same transform by Pillow alone: box resize, ImageEnhance, HSV hue, GaussianBlur, solarize; uint8."""
@@ -81,11 +74,6 @@ class PillowRecipe:
             crop = self._resized(image, a.local_crops_size, a.local_crops_scale)
             crops.append(np.asarray(self._distorted(crop, a.blur_prob_local, 0.0)))
         return crops
-
-    def first_crop(self, jpeg: bytes) -> npt.NDArray[np.uint8]:
-        """Decode an image and make its first global crop, resize and flip only."""
-        image = Image.open(io.BytesIO(jpeg)).convert("RGB")
-        return np.asarray(self._resized(image, self._a.global_crops_size, self._a.global_crops_scale))
 
     def _resized(self, image: Image.Image, size: int, scale: tuple[float, float]) -> Image.Image:
         width, height = image.size

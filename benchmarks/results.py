@@ -1,7 +1,8 @@
-"""What a benchmark measured: its table on the terminal, its rows in benchmarks/results/, and what they belong to."""
+"""How rows are measured, their table on the terminal, their place in benchmarks/results/, and what they belong to."""
 
 from __future__ import annotations
 
+import argparse
 import csv
 import datetime
 import importlib.metadata
@@ -9,7 +10,8 @@ import os
 import platform
 import statistics
 import subprocess
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +36,55 @@ class Measurement:
     def median(self) -> float:
         """The middle figure."""
         return statistics.median(self.figures)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What runs, on how many samples; the figure is a rate a core-second, or a cost in microseconds a sample."""
+
+    name: str
+    samples: int
+    run: Callable[[], object]
+    note: str = ""
+    cost: bool = False
+    clean_up: Callable[[], object] = lambda: None
+    """Called after each run, off the clock."""
+
+    @property
+    def unit(self) -> str:
+        """Unit of the figure."""
+        return "us/sample" if self.cost else "images/core-s"
+
+    def timed(self) -> float:
+        """Run once and return the figure; the clock is this process's CPU time, all threads."""
+        start = time.process_time()
+        self.run()
+        seconds = time.process_time() - start
+        self.clean_up()
+        return 1e6 * seconds / self.samples if self.cost else self.samples / seconds
+
+
+def measure(rows: Sequence[Row], rounds: int) -> list[Measurement]:
+    """Run every row once to warm up, then once a round, the order rotated by one."""
+    for row in rows:
+        row.timed()
+    figures: list[list[float]] = [[] for _ in rows]
+    for number in range(rounds):
+        for k in range(len(rows)):
+            i = (k + number) % len(rows)
+            figures[i].append(rows[i].timed())
+        print(f"round {number + 1} of {rounds}", flush=True)
+    return [Measurement(r.name, r.unit, tuple(f), r.note) for r, f in zip(rows, figures, strict=True)]
+
+
+def parser_of(name: str, description: str | None, *, images: int) -> argparse.ArgumentParser:
+    """The flags of `benchmarks.bench_NAME`; rows go to `results/NAME.csv`."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.bench_{name}", description=description)
+    parser.add_argument("--quick", action="store_true", help="few images and rounds: does it run?")
+    parser.add_argument("--images", type=int, default=images, help="images of the data set")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / f"{name}.csv")
+    return parser
 
 
 def print_table(rows: Sequence[Measurement]) -> None:

@@ -52,17 +52,9 @@ def accuracy(device: torch.device, n: int, eps: float) -> list[AccuracyRow]:
             log = spd_logm(matrices, eps=eps, backend=backend)
             ((log - target.float().to(device)).square().sum() / n).backward()
             assert matrices.grad is not None
-            rows.append(
-                AccuracyRow(
-                    regime,
-                    backend,
-                    device.type,
-                    n,
-                    eps,
-                    _worst_relative(log.detach().cpu().double(), logs),
-                    _worst_relative(matrices.grad.cpu().double(), gradients),
-                )
-            )
+            log_error = _worst_relative(log.detach().cpu().double(), logs)
+            gradient_error = _worst_relative(matrices.grad.cpu().double(), gradients)
+            rows.append(AccuracyRow(regime, backend, device.type, n, eps, log_error, gradient_error))
     return rows
 
 

@@ -41,6 +41,7 @@ def run_demo(config: DemoConfig) -> None:
         (root / "images.done").write_text(f"{train} train, {val} val\n")
     print((root / "images.done").read_text(), end="")
 
+    train_shards = root / "shards" / "train"
     heading("2/6  shards")
     for split in ("train", "val"):
         command("-m", "shards", "pack", "--source", images / split, "--output", root / "shards" / split)
@@ -48,22 +49,19 @@ def run_demo(config: DemoConfig) -> None:
     heading("3/6  teacher: a small ViT learns the digits (ImageNet runs start from DINOv3 ViT-L/16 instead)")
     teacher = root / "teacher"
     if not (teacher / "config.json").exists():
-        train_teacher(
-            root / "shards" / "train", teacher,
-            augmentation=augmentation, steps=config.teacher_steps, batch_size=64, lr=1e-3, seed=config.seed,
-        )  # fmt: skip
+        train_teacher(train_shards, teacher, augmentation=augmentation, steps=config.teacher_steps, seed=config.seed)
     teacher_flags = ["--teacher_arch", f"local-dir:{teacher}"]
 
     heading(f"4/6  cache: the teacher's outputs for {VIEW_SETS} view sets, to zarr")
     command(
-        "-m", "cache_tools", "build", "--shards", root / "shards" / "train", "--cache", root / "cache",
+        "-m", "cache_tools", "build", "--shards", train_shards, "--cache", root / "cache",
         "--view_sets", VIEW_SETS, *teacher_flags, *crop_flags(config.seed),
     )  # fmt: skip
 
     heading("5/6  distill: five losses (eager: on a CPU, compiling would take longer than the training)")
     run = root / ("run" if config.teacher == "cache" else "run_live")
     command(
-        "train.py", "--data_path", root / "shards" / "train", "--val_data_path", root / "shards" / "val",
+        "train.py", "--data_path", train_shards, "--val_data_path", root / "shards" / "val",
         "--cache_path", root / "cache", "--teacher", config.teacher, "--output_dir", run,
         "--max_steps", config.steps, "--seed", config.seed,
         *teacher_flags, *crop_flags(config.seed), *STUDENT_FLAGS, *TRAIN_FLAGS,
@@ -71,7 +69,7 @@ def run_demo(config: DemoConfig) -> None:
 
     heading("6/6  probe: k-NN and linear accuracy of student, teacher and random weights")
     command("probe.py", "--run", run, "--layers", "1", "--knn_k", "10", "20", "--max_train_rows", "3000")
-    write_crop_sheet(root / "shards" / "train", augmentation, run / "probe" / "crops.png", seed=config.seed)
+    write_crop_sheet(train_shards, augmentation, run / "probe" / "crops.png", seed=config.seed)
     print(write_summary(run, config, seconds=time.perf_counter() - start))
 
 
@@ -122,8 +120,8 @@ def write_crop_sheet(shards: Path, augmentation: Augmentation, path: Path, *, se
         batch = next(iter(loader))
     assert batch.teacher_crops is not None
     side = augmentation.global_crops_size // augmentation.patch_size
-    masked = batch.masks.view(-1, side, side).repeat_interleave(augmentation.patch_size, 1)
-    masked = masked.repeat_interleave(augmentation.patch_size, 2)
+    pixels = torch.ones(augmentation.patch_size, augmentation.patch_size, dtype=torch.bool)
+    masked = torch.kron(batch.masks.view(-1, side, side), pixels[None])
     hidden = batch.global_crops.masked_fill(masked[..., None], 127)
     b, columns = _SHEET_IMAGES, {}
     for view in range(augmentation.num_global_crops):

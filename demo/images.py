@@ -61,7 +61,5 @@ def _compose(scan: npt.NDArray[np.float64], rng: np.random.Generator) -> npt.NDA
     return (pixels.clip(0, 1) * 255).round().astype(np.uint8)
 
 
-def _colour(
-    rng: np.random.Generator, *, saturation: float, value: tuple[float, float]
-) -> npt.NDArray[np.float64]:
+def _colour(rng: np.random.Generator, *, saturation: float, value: tuple[float, float]) -> npt.NDArray[np.float64]:
     return np.array(colorsys.hsv_to_rgb(rng.uniform(), rng.uniform(0, saturation), rng.uniform(*value)))

@@ -19,11 +19,11 @@ from pipeline.batch import normalise
 from pipeline.loader import open_loader
 
 TEACHER_ARGS = {"embed_dim": 128, "depth": 4, "num_heads": 4, "init_values": 0.1}
+_BATCH_SIZE = 64
+_LR = 1e-3
 
 
-def train_teacher(
-    shards: Path, output: Path, *, augmentation: Augmentation, steps: int, batch_size: int, lr: float, seed: int
-) -> None:
+def train_teacher(shards: Path, output: Path, *, augmentation: Augmentation, steps: int, seed: int) -> None:
     """Train a ViT on the labels of global crops and write it to `output` as a timm folder.
 
     Two linear classifiers, on the cls token and on the mean patch token, so that both kinds of token carry
@@ -34,19 +34,15 @@ def train_teacher(
     model = create_vit("vit_small", patch_size=PATCH_SIZE, model_args={**TEACHER_ARGS, "img_size": size})
     heads = nn.ModuleList([nn.Linear(TEACHER_ARGS["embed_dim"], 10) for _ in range(2)])  # type: ignore[arg-type]
     parameters = [*model.parameters(), *heads.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.05, fused=True)
+    optimizer = torch.optim.AdamW(parameters, lr=_LR, weight_decay=0.05, fused=True)
     loader = open_loader(
-        shards,
-        device="cpu",
-        global_batch_size=batch_size,
-        seed=seed,
+        shards, device="cpu", global_batch_size=_BATCH_SIZE, seed=seed, teacher_crops=False,
         augmentation=dataclasses.replace(augmentation, num_local_crops=0, mask_ratio=0.0),
-        teacher_crops=False,
-    )
+    )  # fmt: skip
     with loader, tqdm(total=steps, desc="training the teacher", unit="step") as bar:
         for step, batch in zip(range(steps), loader, strict=False):
             optimizer.param_groups[0]["lr"] = cosine_schedule(
-                step, start=lr, end=lr / 100, total_steps=steps, warmup_steps=steps // 20
+                step, start=_LR, end=_LR / 100, total_steps=steps, warmup_steps=steps // 20
             )
             crops = batch.global_crops.unflatten(0, (augmentation.num_global_crops, -1))[step % 2]
             tokens = model.forward_features(normalise(crops))  # type: ignore[operator]

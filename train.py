@@ -57,7 +57,7 @@ def train(config: TrainConfig, ranks: Ranks) -> None:
     autocast = configure_torch(config.runtime, ranks.device)
     ranks.on_main(lambda: write_or_check_config(config, run_dir))
     ranks.on_main(lambda: check_validation(config))
-    check_koleo(config, ranks)
+    check_losses(config, ranks)
 
     # Teacher outputs: from the cache, or live. Both give TeacherTargets.
     cache = open_cache(config) if config.teacher.cache_path else None
@@ -119,11 +119,11 @@ def train(config: TrainConfig, ranks: Ranks) -> None:
     guard = StepGuard(ranks, run_dir, config.data.data_seed, first_step=first_step)
     writer = CheckpointWriter(run_dir, config.runtime, is_main=ranks.is_main)
     teacher_patches = cache.spec.num_patches if cache else teacher.num_patches()  # type: ignore[union-attr]
-    log.say(describe_start(config, ranks, first_step, total_steps, teacher_patches))
+    log.say(describe_start(config, ranks, first_step, total_steps, teacher_patches, step_module.packed))
 
     step = first_step
     with loader:
-        batches = with_targets(loader, cache, teacher, ranks, log)
+        batches = with_targets(loader, cache, teacher, ranks, log, config.data.global_crops_number)
         while step < total_steps and not guard.should_stop():
             batch, targets, loader_state = next(batches)
 
@@ -204,6 +204,7 @@ def with_targets(
     teacher: FrozenTeacher | None,
     ranks: Ranks,
     log: MetricsLog,
+    num_crops: int,
 ) -> Iterator[tuple[MultiCropBatch, TeacherTargets, dict[str, Any]]]:
     """Yield batches, their targets, and the loader's state after them; cached rows are read one batch ahead."""
     states: deque[dict[str, Any]] = deque()
@@ -219,7 +220,7 @@ def with_targets(
     def live(teacher: FrozenTeacher) -> Iterator[tuple[MultiCropBatch, TeacherTargets]]:
         for batch in batches():
             assert batch.teacher_crops is not None
-            yield batch, teacher(batch.teacher_crops)
+            yield batch, teacher(batch.teacher_crops, num_crops)
 
     if teacher is not None:
         pairs = live(teacher)
@@ -255,7 +256,7 @@ def obtain_prototypes(
         "crops": config.crops().geometry_fingerprint(),
         "data_seed": config.data.data_seed,
         "data": load_manifest(config.data.data_path).fingerprint(),
-        "prototypes": dataclasses.asdict(config.prototypes),
+        "prototypes": dataclasses.asdict(config.fitted_prototypes()),
     }
     if cache and teacher and teacher.fingerprint() != fingerprint["teacher"]:
         raise UserError(
@@ -270,7 +271,7 @@ def obtain_prototypes(
             return
         fit_or_share_prototypes(
             lambda: token_stream(config, cache, teacher, ranks),
-            config.prototypes,
+            config.fitted_prototypes(),
             own=own,
             shared=Path(config.teacher.cache_path) / PROTOTYPES if config.teacher.cache_path else None,
             seed=config.data.data_seed,
@@ -290,7 +291,7 @@ def token_stream(
         yield from cache.tokens(0)
         return
     assert teacher is not None
-    rows = min(config.prototypes.prototype_rows, load_manifest(config.data.data_path).num_rows)
+    rows = min(config.fitted_prototypes().prototype_rows, load_manifest(config.data.data_path).num_rows)
     for batch in read_teacher_crops(
         config.data.data_path,
         in_batches(range(rows), config.optim.batch_size_per_gpu),
@@ -300,7 +301,7 @@ def token_stream(
         device=ranks.device,
         **config.data.reading(),
     ):
-        yield teacher(batch.crops)
+        yield teacher(batch.crops, config.data.global_crops_number)
 
 
 def restore(state: dict[str, Any], step: DistillStep, optimizer: torch.optim.Optimizer, ema: StudentEma | None) -> None:
@@ -346,8 +347,8 @@ def num_steps(config: TrainConfig, steps_per_epoch: int, first_step: int) -> int
     return total
 
 
-def check_koleo(config: TrainConfig, ranks: Ranks) -> None:
-    """UserError where KoLeo, which looks for neighbours within a micro-batch, would find none."""
+def check_losses(config: TrainConfig, ranks: Ranks) -> None:
+    """UserError where KoLeo, which looks for neighbours within a micro-batch, or Proteus' masked patches find none."""
     parts, losses = config.optim.accumulation_steps, config.losses
     images = config.optim.batch_size_per_gpu // parts * (ranks.world_size if losses.koleo_all_ranks else 1)
     if losses.koleo_loss_weight and images < 2:
@@ -355,6 +356,11 @@ def check_koleo(config: TrainConfig, ranks: Ranks) -> None:
             f"--batch_size_per_gpu {config.optim.batch_size_per_gpu} --accumulation_steps {parts}: {images} image at a "
             "time, among which KoLeo finds no neighbour. Give a larger batch or fewer accumulation steps, or "
             "--koleo_loss_weight 0."
+        )
+    if losses.proteus_loss_weight and not config.crops().num_masked_patches:
+        raise UserError(
+            f"--mask_ratio {config.data.mask_ratio:g}: it masks none of the {config.crops().num_patches} patches, "
+            "and --proteus_loss_weight needs some. Give a larger --mask_ratio or a smaller --mask_patch_size."
         )
 
 
@@ -375,7 +381,7 @@ def log_knn(
 
 
 def describe_start(
-    config: TrainConfig, ranks: Ranks, first_step: int, total_steps: int, teacher_patches: int
+    config: TrainConfig, ranks: Ranks, first_step: int, total_steps: int, teacher_patches: int, packed: bool
 ) -> str:
     """Return the line that says what begins, and on what."""
     side = config.data.global_crops_size // config.student.patch_size
@@ -383,16 +389,19 @@ def describe_start(
     source = f"targets from {config.teacher.cache_path}" if config.uses_cache() else "live teacher"
     mode = f"compiled by {config.runtime.compile_backend}" if config.runtime.compile else "eager"
     begins = f"resumes at step {first_step}" if first_step else "begins"
+    plain = "" if packed else ", one pass for each crop size, since this student cannot be packed"
     koleo = grids = ""
     if teacher_patches != side**2:
         teacher_side = math.isqrt(teacher_patches)
         grids = f"; its {teacher_side} x {teacher_side} patch tokens resampled to the student's {side} x {side}"
+    crops = config.crops()
+    unread = "" if crops.num_local_crops == config.data.local_crops_number else ", no local crops, which no loss reads"
     if config.optim.accumulation_steps > 1 and config.losses.koleo_loss_weight:
         koleo = f". KoLeo looks for neighbours within each of the {config.optim.accumulation_steps} micro-batches"
     return (
         f"{config.runtime.output_dir} {begins}: {total_steps} steps of "
         f"{config.optim.batch_size_per_gpu * ranks.world_size} images on {ranks.world_size} x {ranks.device.type}, "
-        f"{source}{grids}, {mode}. {reduction if config.losses.spd_loss_weight else 'No SPD loss'}"
+        f"{source}{grids}{unread}, {mode}{plain}. {reduction if config.losses.spd_loss_weight else 'No SPD loss'}"
         f"{koleo}"
     )
 

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.models.eva import Eva
-from torch import Tensor
+from torch import Tensor, nn
 
 from common.atomic import remove_temporaries, write_atomic
 from common.errors import UserError
@@ -144,7 +143,7 @@ def load_newest(run_dir: Path) -> tuple[int, dict[str, Any]] | None:
     return None
 
 
-def load_student(run_dir: str | Path, *, use_ema: bool = True) -> tuple[Eva, dict[str, Any]]:
+def load_student(run_dir: str | Path, *, use_ema: bool = True) -> tuple[nn.Module, dict[str, Any]]:
     """Load the student of a run's newest valid checkpoint.
 
     Args:

@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from common.atomic import write_atomic
-from common.errors import UserError
+from common.errors import UserError, unknown_name
 from pipeline.augmentation import Augmentation, CropOptions
 from pipeline.crops import ReadOptions
 
+# Images that mean and deviation of the teacher's tokens are taken from, where nothing else is.
+STATISTICS_ROWS = 8192
 DEFAULT_TEACHER = "vit_large_patch16_dinov3.lvd1689m"
 
 
@@ -27,9 +29,9 @@ class StudentConfig:
     """The student and its heads."""
 
     arch: str = "vit_small"
-    """vit_tiny, vit_small, vit_base or vit_large (timm's DINOv3 family), or another timm Eva model with RoPE."""
+    """vit_tiny, vit_small, vit_base or vit_large (timm's DINOv3 family), or any timm ViT or CNN by name."""
     patch_size: int = 16
-    """Side of a patch in pixels."""
+    """Side of a patch in pixels; of a CNN, pixels to a side of one place of its last map."""
     init: str | None = None
     """Weights to start from: an exported student's folder, a file of weights, or `pretrained` for timm's own."""
     embed_dim: int | None = None
@@ -110,11 +112,13 @@ class LossConfig:
     patch_loss_weight: float = 0.0
     """Baseline: cosine and smooth L1 on standardised patch tokens."""
     mse_loss_weight: float = 0.0
-    """Baseline: Proteus' mean squared error on cls and patch tokens."""
+    """Baseline: mean squared error on standardised cls and patch tokens."""
     gram_loss_weight: float = 0.0
     """Baseline: DINOv3's mean squared error of patch Gram matrices."""
     softmax_gram_loss_weight: float = 0.0
-    """Baseline: LightlyTrain's KL of softmax Gram matrices."""
+    """Baseline: LightlyTrain's KL of softmax Gram matrices of projected patch tokens."""
+    proteus_loss_weight: float = 0.0
+    """Baseline: Proteus' three mean squared errors on raw tokens, one of them in a masked pass of the student."""
     dino_same_view: bool = False
     """Also match a global crop with itself in the DINO loss."""
     koleo_all_ranks: bool = True
@@ -242,7 +246,7 @@ class TrainConfig:
     """Everything that decides a training run; saved as config.json in the run's folder."""
 
     preset: str = "five"
-    """Loss preset: five, five_plus_patch, proteus, gram or lightly."""
+    """What is learned, and from which crops: five, five_plus_patch, regression, proteus, gram_like or lightly_like."""
     data: DataConfig = field(default_factory=DataConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
@@ -263,10 +267,27 @@ class TrainConfig:
                 f"--accumulation_steps {parts}: it must be a divisor of --batch_size_per_gpu {batch}. "
                 "Change one of them."
             )
+        one_view = self.data.global_crops_number == 1 and not self.data.local_crops_number
+        if self.losses.dino_loss_weight and one_view and not self.losses.dino_same_view:
+            raise UserError(
+                "--global_crops_number 1 --local_crops_number 0: DINO compares two views, and there is one. Give local "
+                "crops, --dino_same_view or --dino_loss_weight 0."
+            )
 
     def crops(self) -> Augmentation:
-        """Return the crop plan's parameters: the preset with this run's sizes, scales and masks."""
-        return self.data.crops(patch_size=self.student.patch_size)
+        """Return the crop plan's parameters: the preset with this run's sizes, scales and masks.
+
+        Without the DINO loss, the only one that reads them, there are no local crops.
+        """
+        crops = self.data.crops(patch_size=self.student.patch_size)
+        return crops if self.losses.dino_loss_weight else crops.global_only()
+
+    def fitted_prototypes(self) -> PrototypeConfig:
+        """Return what is fitted to the teacher's tokens: where no loss reads prototypes, mean and deviation alone."""
+        if self.losses.dino_loss_weight or self.losses.ibot_loss_weight:
+            return self.prototypes
+        rows = min(self.prototypes.prototype_rows, STATISTICS_ROWS)
+        return dataclasses.replace(self.prototypes, num_prototypes=0, prototype_rows=rows)
 
     def uses_cache(self) -> bool:
         """Return whether targets come from the cache; UserError where the flags contradict each other."""
@@ -303,25 +324,32 @@ def _from_dict(cls: Any, values: dict[str, Any], where: str) -> Any:
     return cls(**made)
 
 
-def _baseline(**weights: float) -> LossConfig:
-    off = {f.name: 0.0 for f in dataclasses.fields(LossConfig) if f.name.endswith("_loss_weight")}
-    return dataclasses.replace(LossConfig(), **(off | weights))  # type: ignore[arg-type]
+_NO_LOSS = {f.name: 0.0 for f in dataclasses.fields(LossConfig) if f.name.endswith("_loss_weight")}
 
-
-LOSS_PRESETS: dict[str, Callable[[], LossConfig]] = {
-    "five": LossConfig,
-    "five_plus_patch": lambda: dataclasses.replace(LossConfig(), patch_loss_weight=1.0),
-    "proteus": lambda: _baseline(mse_loss_weight=1.0),
-    "gram": lambda: dataclasses.replace(LossConfig(), spd_loss_weight=0.0, gram_loss_weight=1.0),
-    "lightly": lambda: _baseline(cls_loss_weight=1.0, softmax_gram_loss_weight=1.0),
-}
+# Flags that a preset gives another default, compared with Proteus' code, DINOv3's ssl_meta_arch and LightlyTrain's
+# distillationv3. docs/recipes.md says where a `_like` differs from its model.
+PRESETS: dict[str, dict[str, Any]] = {
+    "five": {},
+    "five_plus_patch": {"patch_loss_weight": 1.0},
+    "regression": _NO_LOSS | {"mse_loss_weight": 1.0},
+    "proteus": _NO_LOSS | {
+        "proteus_loss_weight": 1.0, "global_crops_number": 1, "local_crops_number": 0, "augmentation": "clean",
+        "global_crops_scale": (0.08, 1.0), "mask_ratio": 0.5,
+    },
+    "gram_like": {"spd_loss_weight": 0.0, "gram_loss_weight": 2.0},
+    "lightly_like": _NO_LOSS | {"cls_loss_weight": 1.0, "softmax_gram_loss_weight": 1.0},
+}  # fmt: skip
 
 
 def preset(name: str) -> TrainConfig:
-    """Return the default configuration with the loss weights of a preset; UserError names the known ones."""
-    if name not in LOSS_PRESETS:
-        raise UserError(f"--preset {name}: unknown. Choose one of {', '.join(LOSS_PRESETS)}.")
-    return TrainConfig(preset=name, losses=LOSS_PRESETS[name]())
+    """Return the default configuration with a preset's own defaults; UserError names the known ones."""
+    if name not in PRESETS:
+        raise unknown_name("--preset", name, PRESETS)
+    groups = {f.name: f.default_factory() for f in dataclasses.fields(TrainConfig) if callable(f.default_factory)}
+    for group, options in groups.items():
+        own = {flag: value for flag, value in PRESETS[name].items() if hasattr(options, flag)}
+        groups[group] = dataclasses.replace(options, **own)
+    return TrainConfig(preset=name, **groups)
 
 
 # What may change when a run that has a checkpoint is taken up again: where and how it executes, its learning rate and

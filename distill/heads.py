@@ -73,10 +73,16 @@ def create_head(
         logits: a loss reads the head's logits.
         projection: a loss reads its projection. What none reads is frozen: DDP waits for every gradient.
     """
-    if config.head == "linear":
+    if config.head == "linear" or not logits:
         head = LinearHead(in_dim, bank)
         return head.requires_grad_(logits or projection)
     mlp_head = MlpHead(in_dim, bank, config.mlp_head_hidden_dim, config.mlp_head_bottleneck_dim)
     mlp_head.requires_grad_(logits)
     mlp_head.projection.requires_grad_(projection)
     return mlp_head
+
+
+def create_proteus_heads(cls_width: int, patch_width: int, teacher_dim: int) -> nn.ModuleList:
+    """Create Proteus' three heads, LayerNorm and a linear layer each: for cls, patch and masked patch tokens."""
+    widths = (cls_width, patch_width, patch_width)
+    return nn.ModuleList(nn.Sequential(nn.LayerNorm(width), nn.Linear(width, teacher_dim)) for width in widths)

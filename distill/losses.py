@@ -51,23 +51,24 @@ def ibot_loss(
     teacher_probs: Float[Tensor, "m k"],
     masked_per_image: Float[Tensor, " m"],
     *,
+    num_crops: int,
     student_temp: float,
 ) -> Float[Tensor, ""]:
-    """Prototype cross-entropy of masked patches (iBOT, eq. 2; normalised as in DINOv2).
+    """Prototype cross-entropy of masked patches (iBOT, eq. 2; normalised as in DINOv2 and DINOv3).
 
     Args:
         student_logits: cosines of masked student patches to the prototypes, fp32.
         teacher_probs: targets of the same patches, fp32.
         masked_per_image: number of masked patches on the crop of each row, so that a crop counts once
             whatever its share of masked patches.
+        num_crops: all global crops of the batch, those without a mask too.
         student_temp: student temperature.
 
     Returns:
-        Sum of cross-entropies divided by `masked_per_image`, over the number of crops with a mask, in nats.
+        Sum over crops of the mean cross-entropy of their masked patches, divided by `num_crops`, in nats.
     """
     cross_entropy = -(teacher_probs * F.log_softmax(student_logits / student_temp, dim=-1)).sum(-1)  # [m]
-    weights = 1 / masked_per_image
-    return (cross_entropy * weights).sum() / weights.sum()
+    return (cross_entropy / masked_per_image).sum() / num_crops
 
 
 def koleo_loss(
@@ -134,3 +135,24 @@ def softmax_gram_loss(
     log_s = F.log_softmax(s @ s.mT / temperature, dim=-1)
     log_t = F.log_softmax(t @ t.mT / temperature, dim=-1)
     return (log_t.exp() * (log_t - log_s)).sum(-1).mean()
+
+
+def proteus_loss(
+    cls: tuple[Float[Tensor, "b d"], Float[Tensor, "b d"]],
+    patches: tuple[Float[Tensor, "b n d"], Float[Tensor, "b n d"]],
+    masked: tuple[Float[Tensor, "m d"], Float[Tensor, "m d"]],
+) -> Float[Tensor, ""]:
+    """Baseline of Proteus (Zhang et al. 2025): the sum of three mean squared errors on raw teacher tokens.
+
+    Args:
+        cls, patches: projected student tokens and the teacher's, of crops seen whole.
+        masked: the same of masked patches, the student having seen the mask token in their place.
+
+    Returns:
+        Mean squared error of cls tokens, plus that of cls and patch tokens together, plus that of masked patches.
+    """
+    (s_cls, t_cls), (s_patches, t_patches), (s_masked, t_masked) = (
+        (s.float(), t.float()) for s, t in (cls, patches, masked)
+    )
+    student, teacher = torch.cat([s_cls[:, None], s_patches], 1), torch.cat([t_cls[:, None], t_patches], 1)
+    return F.mse_loss(s_cls, t_cls) + F.mse_loss(student, teacher) + F.mse_loss(s_masked, t_masked)

@@ -1,9 +1,10 @@
-"""Creates the ViTs from timm and runs a student over crops of several sizes in one packed pass."""
+"""Creates timm models, takes their tokens, and runs a ViT over crops of several sizes in one packed pass."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import timm
 import torch
@@ -21,43 +22,75 @@ FAMILY = ("vit_tiny", "vit_small", "vit_base", "vit_large")
 
 
 def create_vit(
-    arch: str, *, patch_size: int = 16, pretrained: bool = False, model_args: dict[str, Any] | None = None
+    arch: str,
+    *,
+    patch_size: int = 16,
+    pretrained: bool = False,
+    model_args: dict[str, Any] | None = None,
+    vit_args: dict[str, Any] | None = None,
 ) -> nn.Module:
-    """Create a timm ViT without a classifier, whose features are its final-norm tokens.
+    """Create a timm model without a classifier, of which `cls_and_patches` gives the tokens.
 
     Args:
         arch: one of `FAMILY` (timm's DINOv3 models of that size) or any name that timm knows.
         patch_size: side of a patch; used with a `FAMILY` name only.
         pretrained: load the weights that timm names.
         model_args: further arguments of the model's constructor.
-
-    Returns:
-        A model whose `forward_features` gives [b, num_prefix_tokens + n, embed_dim].
+        vit_args: the same, for a model that takes them.
 
     Raises:
-        UserError: timm does not know the architecture, or it has no class token.
+        UserError: timm cannot create it.
         OSError: pretrained weights could not be found or downloaded.
     """
-    args: dict[str, Any] = {"num_classes": 0, "global_pool": "token", **(model_args or {})}
+    args: dict[str, Any] = {"num_classes": 0, **(model_args or {})}
     name = arch
     if arch in FAMILY:
         # vit_tiny exists only with biases in the DINOv3 family.
         name = f"{arch}_patch16_dinov3" + ("_qkvb" if arch == "vit_tiny" else "")
         args["patch_size"] = patch_size
-    try:
-        model = timm.create_model(name, pretrained=pretrained, **args)
-    except (RuntimeError, TypeError, AssertionError) as error:
-        raise UserError(
-            f"architecture {arch}: timm cannot create it ({str(error).splitlines()[0]}). "
-            f"Use one of {', '.join(FAMILY)}, a timm ViT with a class token, or local-dir:FOLDER."
-        ) from error
-    if getattr(model, "cls_token", None) is None:
-        raise UserError(f"architecture {arch}: it has no class token, which the losses need. Choose another ViT.")
-    return model
+    # A ViT whose features are its final-norm tokens; else one without a class token; else a CNN.
+    kinds: tuple[dict[str, Any], ...] = ({"global_pool": "token", **(vit_args or {})}, vit_args or {}, {})
+    for kind in kinds:
+        try:
+            return timm.create_model(name, pretrained=pretrained, **args, **kind)
+        except (RuntimeError, TypeError, AssertionError) as error:
+            last = error
+    raise UserError(
+        f"architecture {arch}: timm cannot create it ({str(last).splitlines()[0]}). "
+        f"Use one of {', '.join(FAMILY)}, another timm ViT or CNN, or local-dir:FOLDER."
+    ) from last
 
 
-def create_student(config: StudentConfig, *, seed: int) -> Eva:
-    """Create the student with weights drawn from `seed`; UserError where the packed pass cannot run it."""
+def cls_and_patches(
+    model: Any, images: Float[Tensor, "b c h w"]
+) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b n e"]]:
+    """Return the class token and the patch tokens of images, by timm's own forward pass.
+
+    A model without a class token has its pooled features in its place; a CNN the places of its last map as patches.
+    """
+    features: Tensor = model.forward_features(images)
+    if getattr(model, "cls_token", None) is not None:
+        return features[:, 0], features[:, model.num_prefix_tokens :]
+    pooled = model.forward_head(features, pre_logits=True)
+    if features.ndim == 4:
+        channels_first = features.shape[1] == token_widths(model)[1]
+        return pooled, features.flatten(2).mT if channels_first else features.flatten(1, 2)
+    return pooled, features[:, getattr(model, "num_prefix_tokens", 0) :]
+
+
+def token_widths(model: Any) -> tuple[int, int]:
+    """Return the width of `cls_and_patches`' class tokens and of its patch tokens."""
+    width = int(model.num_features)
+    return width if getattr(model, "cls_token", None) is not None else int(model.head_hidden_size), width
+
+
+def patch_side(model: Any) -> int:
+    """Return the side of a patch in pixels; of a CNN, the pixels to a side of one place of its last map."""
+    return int(model.feature_info[-1]["reduction"])
+
+
+def create_student(config: StudentConfig, *, seed: int) -> nn.Module:
+    """Create the student with weights drawn from `seed`; UserError where its patches are of another size."""
     overrides = {
         "embed_dim": config.embed_dim,
         "depth": config.depth,
@@ -66,13 +99,20 @@ def create_student(config: StudentConfig, *, seed: int) -> Eva:
         "drop_path_rate": config.drop_path_rate,
     }
     args = {name: value for name, value in overrides.items() if value is not None}
+    # Global and local crops differ in size, which timm's ViTs with absolute positions take only if told so.
+    vit_args = {} if config.arch in FAMILY else {"dynamic_img_size": True}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = create_vit(config.arch, patch_size=config.patch_size, model_args=args)
-    return _packable(model, config.arch)
+        model = create_vit(config.arch, patch_size=config.patch_size, model_args=args, vit_args=vit_args)
+    if patch_side(model) != config.patch_size:
+        raise UserError(
+            f"--arch {config.arch} --patch_size {config.patch_size}: its patches are {patch_side(model)} pixels wide. "
+            f"Give --patch_size {patch_side(model)}."
+        )
+    return model
 
 
-def load_initial_weights(student: Eva, config: StudentConfig) -> None:
+def load_initial_weights(student: nn.Module, config: StudentConfig) -> None:
     """Give a student the weights that `config.init` names; nothing where it names none.
 
     Raises:
@@ -91,22 +131,40 @@ def load_initial_weights(student: Eva, config: StudentConfig) -> None:
         load_weights(student, config.init)
 
 
-def _packable(model: Any, arch: str) -> Eva:
-    blocks: list[Any] = list(getattr(model, "blocks", []))
-    packable = (
+def is_packable(model: Any) -> TypeGuard[Eva]:
+    """Whether `packed_tokens` can run a model: a timm Eva ViT with RoPE, no absolute positions and fused qkv."""
+    return (
         isinstance(model, Eva)
+        and model.cls_token is not None
         and model.rope is not None
         and model.pos_embed is None
         and not model.rope_mixed
-        and all(getattr(block.attn, "qkv", None) is not None and block.attn.gate is None for block in blocks)
+        and all(getattr(block.attn, "qkv", None) is not None and block.attn.gate is None for block in model.blocks)  # type: ignore[union-attr]
     )
-    if not packable:
+
+
+def check_plain_student(model: nn.Module, crop_sizes: Sequence[int], *, arch: str, masks: bool) -> None:
+    """UserError where a student that cannot be packed does not take the run's crops, or masks are asked of it."""
+    if masks:
         raise UserError(
-            f"--arch {arch}: the student must be a timm Eva ViT with RoPE, no absolute position embedding and "
-            f"fused qkv, such as {', '.join(FAMILY)}."
+            f"--arch {arch}: masks of the student's input need the packed pass, which it cannot take. Choose one of "
+            f"{', '.join(FAMILY)}, or a preset without --mask_student_input and --proteus_loss_weight."
         )
-    assert isinstance(model, Eva)
-    return model
+    for size in crop_sizes:
+        try:
+            with torch.no_grad():
+                patches = cls_and_patches(copy.deepcopy(model).eval(), torch.zeros(1, 3, size, size))[1]
+        except (RuntimeError, AssertionError) as error:
+            raise UserError(
+                f"--arch {arch}: it does not take crops of {size} pixels ({str(error).splitlines()[0]}). "
+                "Choose another student."
+            ) from error
+        expected = (1, (size // patch_side(model)) ** 2, token_widths(model)[1])
+        if patches.shape != expected:
+            raise UserError(
+                f"--arch {arch}: of a crop of {size} pixels it gives {tuple(patches.shape)} where {expected} is "
+                "expected. Choose another student."
+            )
 
 
 def rope_table(model: Eva, crop_size: int) -> Float[Tensor, "n e"]:
@@ -114,7 +172,7 @@ def rope_table(model: Eva, crop_size: int) -> Float[Tensor, "n e"]:
 
     timm rebuilds this table at every forward pass of a model with dynamic image size; here it is made once.
     """
-    side = crop_size // int(model.patch_embed.patch_size[0])
+    side = crop_size // patch_side(model)
     rope: Any = model.rope
     table: Tensor = rope.get_embed(shape=(side, side))
     return table.detach().clone()
@@ -125,7 +183,7 @@ def packed_tokens(
     crops: Sequence[Float[Tensor, "b c h w"]],
     ropes: Sequence[Float[Tensor, "n e"]],
     *,
-    mask: Bool[Tensor, "b n"] | None = None,
+    masks: Sequence[Bool[Tensor, "b n"] | None] | None = None,
     mask_token: Float[Tensor, " d"] | None = None,
 ) -> list[Float[Tensor, "b t d"]]:
     """Run one ViT over crops of several sizes at once.
@@ -135,17 +193,16 @@ def packed_tokens(
 
     Args:
         model: the student (see `create_student`).
-        crops: one normalised batch per crop size, NCHW.
-        ropes: `rope_table` of each size.
-        mask: patches of the first size to replace by `mask_token`.
-        mask_token: embedding of a masked patch; needed with `mask`.
+        crops: normalised batches, NCHW, each of one crop size.
+        ropes: `rope_table` of each batch's size.
+        masks: for each batch the patches to replace by `mask_token`, or None.
+        mask_token: embedding of a masked patch; needed with `masks`.
 
     Returns:
         Final-norm tokens of each size: class token, registers, patches.
     """
-    sequences = [
-        _embed(model, x, mask if i == 0 else None, mask_token) for i, x in enumerate(crops)
-    ]  # each [b, t, d]
+    pairs = zip(crops, masks or [None] * len(crops), strict=True)
+    sequences = [_embed(model, x, mask, mask_token) for x, mask in pairs]  # each [b, t, d]
     shapes = [(x.shape[0], x.shape[1]) for x in sequences]
     packed = torch.cat([x.flatten(0, 1) for x in sequences])  # [sum of b*t, d]
     for block in model.blocks:

@@ -8,9 +8,9 @@ import re
 from collections.abc import Iterable
 
 import torch
-from timm.models.eva import Eva
 from torch import Tensor, nn
 
+from common.errors import UserError
 from distill.config import OptimConfig, TrainConfig
 from distill.prototypes import Prototypes
 from distill.step import DistillStep, StepScalars
@@ -22,12 +22,16 @@ def create_optimizer(step: DistillStep, config: OptimConfig) -> torch.optim.Adam
     Each group carries `lr_scale`, the factor on the scheduled rate: layer decay per block, and the patch
     embedding's own. Vectors (biases, norms, tokens, LayerScale) get no weight decay.
     """
-    depth = len(step.student.blocks)
+    depth = len(getattr(step.student, "blocks", ()))
+    if not depth and config.layer_decay != 1:
+        raise UserError(
+            f"--layer_decay {config.layer_decay}: the student has no blocks that it could go by. Leave it at 1."
+        )
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in step.named_parameters():
         if not parameter.requires_grad:
             continue
-        is_vector = parameter.squeeze().ndim <= 1 or name.endswith("_token")
+        is_vector = parameter.squeeze().ndim <= 1 or name.endswith(("_token", "pos_embed"))
         decay = 0.0 if is_vector else config.weight_decay
         groups.setdefault((_lr_scale(name, depth, config), decay), []).append(parameter)
     return torch.optim.AdamW(
@@ -89,13 +93,15 @@ def skip_update(optimizer: torch.optim.Optimizer, flag: Tensor) -> None:
 class StudentEma:
     """Exponential moving average of the student, for evaluation and export."""
 
-    def __init__(self, student: Eva) -> None:
-        self.model: Eva = copy.deepcopy(student).eval().requires_grad_(False)
+    def __init__(self, student: nn.Module) -> None:
+        self.model = copy.deepcopy(student).eval().requires_grad_(False)
 
     @torch.no_grad()
-    def update(self, student: Eva, momentum: float) -> None:
+    def update(self, student: nn.Module, momentum: float) -> None:
         """Move the average towards the student: ema = momentum * ema + (1 - momentum) * student."""
         torch._foreach_lerp_(list(self.model.parameters()), list(student.parameters()), 1 - momentum)
+        for average, value in zip(self.model.buffers(), student.buffers(), strict=True):
+            average.copy_(value)  # a CNN's running statistics are averages already
 
 
 def cosine_schedule(step: int, *, start: float, end: float, total_steps: int, warmup_steps: int = 0) -> float:

@@ -89,7 +89,7 @@ def fit_prototypes(
 
     Args:
         stream: teacher targets, in a fixed order; read until `config.prototype_rows` images were seen.
-        config: number of prototypes, iterations and the calibration's target.
+        config: number of prototypes (0: mean and deviation alone), iterations and the calibration's target.
         seed: seed of the choice of patch tokens and of the initial prototypes.
         fingerprint: what the tokens were made from (teacher, crops, data); saved along.
         device: where k-means runs.
@@ -244,6 +244,8 @@ def _fit_bank(tokens: Tensor, config: PrototypeConfig, generator: torch.Generato
     bank = PrototypeBank(k, tokens.shape[1]).to(tokens.device)
     bank.mean.copy_(tokens.mean(0))
     bank.std.copy_(tokens.std(0).clamp_min(1e-6))
+    if not k:
+        return bank  # no loss reads prototypes
     unit = F.normalize(tokens - bank.mean, dim=-1)
     bank.weight.copy_(
         spherical_kmeans(unit, k, iterations=config.prototype_iterations, generator=generator)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from common.device import pick_device
 from common.errors import UserError
-from distill.config import LOSS_PRESETS, RuntimeConfig, TrainConfig, preset, read_config
+from distill.config import PRESETS, RuntimeConfig, TrainConfig, preset, read_config
 from pipeline.batch import MultiCropBatch
 
 
@@ -98,7 +98,7 @@ def parse_config(argv: Sequence[str] | None = None) -> TrainConfig:
         default=default or preset(name),
         prog="train.py",
         use_underscores=True,
-        description=f"Distill a frozen ViT into a small one. Loss presets: {', '.join(LOSS_PRESETS)}. "
+        description=f"Distill a frozen ViT into a small one. Presets: {', '.join(PRESETS)}. "
         "--config FILE takes the settings of a run's config.json, single flags over it.",
     )
 

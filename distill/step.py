@@ -8,13 +8,20 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64, UInt8
-from timm.models.eva import Eva
 from torch import Tensor, nn
 
 from distill import losses
 from distill.config import LossConfig, StudentConfig
-from distill.heads import create_head
-from distill.models import packed_tokens, rope_table
+from distill.heads import create_head, create_proteus_heads
+from distill.models import (
+    check_plain_student,
+    cls_and_patches,
+    is_packable,
+    packed_tokens,
+    patch_side,
+    rope_table,
+    token_widths,
+)
 from distill.prototypes import PrototypeBank, Prototypes
 from distill.teacher import TeacherTargets
 from kernels.spd import log_euclidean_loss, reduce_tokens, spd_logm, token_spd
@@ -37,7 +44,7 @@ METRICS = (
     Metric("ibot", is_term=True),
     Metric("ibot_entropy"),
     Metric("ibot_kl", shown=True),
-    *(Metric(name, True, True) for name in ("koleo", "cls", "spd", "patch", "mse", "gram", "softmax_gram")),
+    *(Metric(name, True, True) for name in ("koleo", "cls", "spd", "patch", "mse", "gram", "softmax_gram", "proteus")),
     Metric("target_usage"),
     Metric("student_usage"),
 )
@@ -111,7 +118,7 @@ class DistillStep(nn.Module):
 
     def __init__(
         self,
-        student: Eva,
+        student: nn.Module,
         prototypes: Prototypes,
         config: StudentConfig,
         weights: LossConfig,
@@ -125,21 +132,36 @@ class DistillStep(nn.Module):
         self.student = student
         self.cls_bank: PrototypeBank = prototypes.cls
         self.patch_bank: PrototypeBank = prototypes.patch
-        dim = int(student.embed_dim)
+        cls_width, patch_width = token_widths(student)
         self.uses_cls_projection = bool(weights.cls_loss_weight or weights.mse_loss_weight)
-        self.uses_patch_projection = bool(weights.patch_loss_weight or weights.mse_loss_weight)
+        self.uses_patch_projection = bool(
+            weights.patch_loss_weight or weights.mse_loss_weight or weights.softmax_gram_loss_weight
+        )
         self.cls_head = create_head(
-            config, dim, self.cls_bank, logits=bool(weights.dino_loss_weight), projection=self.uses_cls_projection
+            config, cls_width, self.cls_bank, logits=bool(weights.dino_loss_weight), projection=self.uses_cls_projection
         )
         self.patch_head = create_head(
-            config, dim, self.patch_bank, logits=bool(weights.ibot_loss_weight), projection=self.uses_patch_projection
+            config,
+            patch_width,
+            self.patch_bank,
+            logits=bool(weights.ibot_loss_weight),
+            projection=self.uses_patch_projection,
         )
+        self.masked_pass = bool(weights.proteus_loss_weight)
+        if self.masked_pass:
+            self.proteus_heads = create_proteus_heads(cls_width, patch_width, self.cls_bank.mean.shape[0])
+        masks_input = config.mask_student_input or self.masked_pass
         # Outside the student, so that an exported student has exactly timm's keys.
-        self.mask_token = nn.Parameter(torch.zeros(dim), requires_grad=config.mask_student_input)
-        self.register_buffer("global_rope", rope_table(student, global_crops_size), persistent=False)
-        self.register_buffer("local_rope", rope_table(student, local_crops_size), persistent=False)
-        side = global_crops_size // int(student.patch_embed.patch_size[0])
+        self.mask_token = nn.Parameter(torch.zeros(patch_width), requires_grad=masks_input)
+        side = global_crops_size // patch_side(student)
         self.patch_grid = (side, side)
+        self.packed = is_packable(student)
+        if is_packable(student):
+            self.register_buffer("global_rope", rope_table(student, global_crops_size), persistent=False)
+            self.register_buffer("local_rope", rope_table(student, local_crops_size), persistent=False)
+        else:
+            sizes = (global_crops_size, local_crops_size)[: 2 if weights.dino_loss_weight else 1]
+            check_plain_student(student, sizes, arch=config.arch, masks=masks_input)
         self.weights = weights
         self.student_temp = student_temp
         self.mask_student_input = config.mask_student_input
@@ -170,11 +192,12 @@ class DistillStep(nn.Module):
         teacher_cls = teacher_cls.transpose(0, 1)  # [g, b, d]
         teacher_patches = teacher_patches.transpose(0, 1).flatten(0, 1)  # [g*b, n, d]
         with self._autocast(global_crops.device):
-            cls, patches = self._student_tokens(global_crops, local_crops, masks)
+            cls, patches, masked = self._student_tokens(global_crops, local_crops, masks)
             dino = self._dino_logits(cls, teacher_cls, cls_temp) if self.weights.dino_loss_weight else None
             ibot = self._ibot_logits(patches, teacher_patches, masked_indices, patch_temp)
             projected_cls = self.cls_head.projection(cls[: g * b]) if self.uses_cls_projection else None
             projected_patches = self.patch_head.projection(patches) if self.uses_patch_projection else None
+            proteus = self._proteus_pairs(cls[: g * b], patches, masked, masked_indices, teacher_cls, teacher_patches)
         terms: dict[str, Tensor] = {}
         parts: dict[str, Tensor] = {}
         if dino is not None:
@@ -187,27 +210,55 @@ class DistillStep(nn.Module):
             parts["student_usage"] = _usage(F.softmax(views[:g] / self.student_temp, dim=-1))
         if ibot is not None:
             per_image = masks.sum(1)[masked_indices // masks.shape[1]].float()
-            terms["ibot"] = losses.ibot_loss(*ibot, per_image, student_temp=self.student_temp)
-            parts |= self._prototype_metrics("ibot", terms["ibot"], ibot[1])
+            terms["ibot"] = losses.ibot_loss(*ibot, per_image, num_crops=g * b, student_temp=self.student_temp)
+            of_masked_crops = terms["ibot"] * (g * b / (1 / per_image).sum())
+            parts |= self._prototype_metrics("ibot", of_masked_crops, ibot[1])
         terms |= self._token_terms(cls[: g * b].unflatten(0, (g, b)), patches, teacher_patches)
         terms |= self._regression_terms(projected_cls, projected_patches, teacher_cls.flatten(0, 1), teacher_patches)
+        if proteus is not None:
+            terms["proteus"] = losses.proteus_loss(*proteus)
         return terms, parts
 
-    def _student_tokens(self, global_crops: Tensor, local_crops: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
-        """Return cls tokens of all views, crop-major [v*b, d], and patch tokens of the global crops [g*b, n, d]."""
-        crops, ropes = [normalise(global_crops)], [self.global_rope]
-        if local_crops.shape[0]:
-            crops.append(normalise(local_crops))
-            ropes.append(self.local_rope)
-        tokens = packed_tokens(
-            self.student,
+    def _student_tokens(
+        self, global_crops: Tensor, local_crops: Tensor, masks: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return cls tokens of all views, crop-major [v*b, d], patch tokens of the global crops [g*b, n, d], and
+        those of the masked pass, where a loss asks for one."""
+        crops = [normalise(x) for x in (global_crops, local_crops) if x.shape[0]]
+        views = len(crops)
+        if not self.packed:
+            tokens = [cls_and_patches(self.student, x) for x in crops]
+            return torch.cat([cls for cls, _ in tokens]), tokens[0][1], None
+        ropes = [self.global_rope, self.local_rope][:views]
+        masked: list[Tensor | None] = [masks if self.mask_student_input else None, None][:views]
+        if self.masked_pass:
+            crops, ropes, masked = [*crops, crops[0]], [*ropes, ropes[0]], [*masked, masks]
+        sequences = packed_tokens(
+            self.student,  # type: ignore[arg-type]
             crops,
             ropes,  # type: ignore[arg-type]
-            mask=masks if self.mask_student_input else None,
-            mask_token=self.mask_token if self.mask_student_input else None,
+            masks=masked,
+            mask_token=self.mask_token,
         )
-        prefix = int(self.student.num_prefix_tokens)
-        return torch.cat([t[:, 0] for t in tokens]), tokens[0][:, prefix:]
+        prefix = int(self.student.num_prefix_tokens)  # type: ignore[arg-type]
+        cls = torch.cat([x[:, 0] for x in sequences[:views]])
+        return cls, sequences[0][:, prefix:], sequences[-1][:, prefix:] if self.masked_pass else None
+
+    def _proteus_pairs(
+        self,
+        cls: Tensor,
+        patches: Tensor,
+        masked: Tensor | None,
+        masked_indices: Tensor,
+        teacher_cls: Tensor,
+        teacher_patches: Tensor,
+    ) -> list[tuple[Tensor, Tensor]] | None:
+        """Projected student tokens and the teacher's, for each of Proteus' three terms."""
+        if masked is None:
+            return None
+        hidden = (x.flatten(0, 1).index_select(0, masked_indices) for x in (masked, teacher_patches))
+        pairs = ((cls, teacher_cls.flatten(0, 1)), (patches, teacher_patches), hidden)
+        return [(head(s), t) for head, (s, t) in zip(self.proteus_heads, pairs, strict=True)]
 
     def _dino_logits(self, cls: Tensor, teacher_cls: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
         return self.cls_head(cls, self.cls_bank), self.cls_bank.targets(teacher_cls, temperature)
@@ -226,7 +277,7 @@ class DistillStep(nn.Module):
         weights, terms = self.weights, {}
         if weights.koleo_loss_weight:
             crops = [losses.koleo_loss(crop, all_ranks=weights.koleo_all_ranks) for crop in cls]
-            terms["koleo"] = torch.stack(crops).mean()
+            terms["koleo"] = torch.stack(crops).sum()  # over the global crops, as Meta weighs it
         if weights.spd_loss_weight:
             eps, backend, reduction = weights.spd_eps, weights.spd_backend, weights.spd_reduction
             with torch.no_grad():
@@ -236,8 +287,6 @@ class DistillStep(nn.Module):
             terms["spd"] = log_euclidean_loss(student_tokens, teacher_log, eps=eps, backend=backend)
         if weights.gram_loss_weight:
             terms["gram"] = losses.gram_loss(patches, teacher_patches)
-        if weights.softmax_gram_loss_weight:
-            terms["softmax_gram"] = losses.softmax_gram_loss(patches, teacher_patches)
         return terms
 
     def _regression_terms(
@@ -247,7 +296,9 @@ class DistillStep(nn.Module):
         weights, terms = self.weights, {}
         if cls is not None and weights.cls_loss_weight:
             terms["cls"] = losses.cls_loss(cls.float() - self.cls_bank.mean, teacher_cls.float() - self.cls_bank.mean)
-        if patches is not None:
+        if patches is not None and weights.softmax_gram_loss_weight:
+            terms["softmax_gram"] = losses.softmax_gram_loss(patches, teacher_patches)
+        if patches is not None and (weights.patch_loss_weight or weights.mse_loss_weight):
             student, teacher = self.patch_bank.standardise(patches), self.patch_bank.standardise(teacher_patches)
             if weights.patch_loss_weight:
                 terms["patch"] = losses.patch_regression_loss(student, teacher)

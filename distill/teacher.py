@@ -15,7 +15,7 @@ from torch import Tensor
 
 from common.errors import UserError
 from distill.config import TeacherConfig
-from distill.models import create_vit
+from distill.models import cls_and_patches, create_vit, patch_side, token_widths
 from distill.weights import load_weights, tensors_sha256
 from pipeline.batch import normalise
 
@@ -23,10 +23,10 @@ LOCAL_DIR = "local-dir:"
 
 
 class FrozenTeacher:
-    """A frozen ViT that turns global crops into `TeacherTargets`.
+    """A frozen model that turns global crops into `TeacherTargets`.
 
     Attributes:
-        model: the timm ViT, eval mode, no gradient.
+        model: the timm model, eval mode, no gradient.
         arch: its name.
         embed_dim: width of its tokens.
         dtype: compute dtype, bf16 on CUDA and fp32 on the CPU unless given.
@@ -51,11 +51,15 @@ class FrozenTeacher:
         self.input_size = _input_size(self.model, img_size)
         self.dtype = dtype
         self.device = device
-        self.embed_dim = int(self.model.embed_dim)
-        self.num_prefix_tokens = int(self.model.num_prefix_tokens)
+        self.embed_dim, patch_width = token_widths(self.model)
+        if self.embed_dim != patch_width:
+            raise UserError(
+                f"teacher {arch}: its pooled features are {self.embed_dim} wide and its last map {patch_width}. "
+                "Choose a teacher whose class and patch tokens have one width."
+            )
         self.mean: tuple[float, float, float] = tuple(self.model.pretrained_cfg["mean"])
         self.std: tuple[float, float, float] = tuple(self.model.pretrained_cfg["std"])
-        self._tokens: Callable[[Tensor], Tensor] = self._forward
+        self._tokens: Callable[[Tensor], tuple[Tensor, Tensor]] = self._forward
 
     def compile(self, backend: str = "inductor") -> None:
         """Compile the forward pass for the one crop size it will see."""
@@ -63,8 +67,7 @@ class FrozenTeacher:
 
     def num_patches(self) -> int:
         """Return the number of patch tokens of one crop."""
-        patch = self.model.patch_embed.patch_size
-        return (self.input_size // int(patch[0])) * (self.input_size // int(patch[1]))
+        return (self.input_size // patch_side(self.model)) ** 2
 
     @torch.no_grad()
     def __call__(self, crops: UInt8[Tensor, "gb G G 3"], num_crops: int = 2) -> TeacherTargets:
@@ -82,16 +85,13 @@ class FrozenTeacher:
                 f"teacher {self.arch}: crops of {tuple(crops.shape[1:3])} pixels, it was made for {self.img_size}. "
                 "Give the teacher and the loader the same global_crops_size."
             )
-        tokens = self._tokens(crops)
-        tokens = tokens.unflatten(0, (num_crops, -1)).transpose(0, 1)  # [b, g, t, d]
-        return TeacherTargets(cls=tokens[:, :, 0], patches=tokens[:, :, self.num_prefix_tokens :])
+        return TeacherTargets(*(x.unflatten(0, (num_crops, -1)).transpose(0, 1) for x in self._tokens(crops)))
 
-    def _forward(self, crops: Tensor) -> Tensor:
+    def _forward(self, crops: Tensor) -> tuple[Tensor, Tensor]:
         images = normalise(crops, mean=self.mean, std=self.std, dtype=self.dtype)
         if self.input_size != self.img_size:
             images = F.interpolate(images, size=(self.input_size,) * 2, mode="bilinear", antialias=True)
-        tokens: Tensor = self.model.forward_features(images)
-        return tokens
+        return cls_and_patches(self.model, images)
 
     def fingerprint(self) -> dict[str, Any]:
         """Return what decides this teacher's outputs on given crops; a cache with another one is refused."""
@@ -149,11 +149,12 @@ def load_teacher(
 
 
 def _create(arch: str, img_size: int, *, pretrained: bool) -> Any:
-    return create_vit(arch, pretrained=pretrained, model_args={"img_size": img_size, "dynamic_img_size": False})
+    vit_args = {"img_size": img_size, "dynamic_img_size": False}
+    return create_vit(arch, pretrained=pretrained, vit_args=vit_args)
 
 
 def _input_size(model: Any, img_size: int) -> int:
-    patch = int(model.patch_embed.patch_size[0])
+    patch = patch_side(model)
     return max(round(img_size / patch), 1) * patch
 
 

@@ -142,7 +142,8 @@ def preset(name: str) -> Augmentation:
             defaults of its code; blur with probability 1, 0.1, 0.5 on the first global, the second global and
             the local crops. `dinov2_released`: what the released DINOv2 and DINOv3 code does, with the crop
             scales of its default configuration; its GaussianBlur hands p where 1 - p is meant, so blur is
-            applied with probability 0, 0.9, 0.5. Solarize on the second global crop in both.
+            applied with probability 0, 0.9, 0.5. Solarize on the second global crop in both. `clean`: crops
+            and flips of `dino` without any photometric distortion.
 
     Raises:
         UserError: no preset has that name; the message offers the closest.
@@ -207,6 +208,13 @@ _PRESETS = {
     "dinov2_released": Augmentation(
         global_crops_scale=(0.32, 1.0), local_crops_scale=(0.05, 0.32), blur_prob_global=(0.0, 0.9)
     ),
+    "clean": Augmentation(
+        jitter_prob=0.0,
+        gray_prob=0.0,
+        blur_prob_global=(0.0, 0.0),
+        blur_prob_local=0.0,
+        solarize_prob_global=(0.0, 0.0),
+    ),
 }
 
 
@@ -215,7 +223,9 @@ class CropOptions:
     """What is cut of an image, as flags over an augmentation preset."""
 
     augmentation: str = "dino"
-    """Augmentation preset: dino or dinov2_released."""
+    """Augmentation preset: dino, dinov2_released or clean."""
+    global_crops_number: int = Augmentation.num_global_crops
+    """Global crops of an image, 1 or 2: those that the teacher sees, at its cost."""
     global_crops_scale: tuple[float, float] | None = None
     """Share of the image's area in a global crop, least and most. None: the preset's own, 0.4 1.0 for dino."""
     global_crops_size: int = Augmentation.global_crops_size
@@ -239,9 +249,14 @@ class CropOptions:
 
     def crops(self, *, patch_size: int) -> Augmentation:
         """Return the augmentation for a student of that patch size; UserError for a value out of its range."""
-        chosen = preset(self.augmentation)
+        chosen, g = preset(self.augmentation), self.global_crops_number
+        if not 1 <= g <= chosen.num_global_crops:
+            raise UserError(f"--global_crops_number {g}: it must be 1 or 2. Change --global_crops_number.")
         return replace(
             chosen,
+            num_global_crops=g,
+            blur_prob_global=chosen.blur_prob_global[:g],
+            solarize_prob_global=chosen.solarize_prob_global[:g],
             global_crops_scale=self.global_crops_scale or chosen.global_crops_scale,
             global_crops_size=self.global_crops_size,
             local_crops_scale=self.local_crops_scale or chosen.local_crops_scale,

@@ -48,7 +48,10 @@ RUNS = {
     ],
     "five, mlp head, calibrated": ["--cache_path", "CACHE", "--head", "mlp", "--teacher_temp", "calibrated"],
     "five, accumulated": ["--cache_path", "CACHE", "--accumulation_steps", "4"],
-    **{name: ["--cache_path", "CACHE", "--preset", name] for name in ("five_plus_patch", "proteus", "gram", "lightly")},
+    **{
+        name: ["--cache_path", "CACHE", "--preset", name]
+        for name in ("five_plus_patch", "regression", "gram_like", "lightly_like")
+    },
 }
 NOT_OF_THE_LEARNING = ("images_per_second", "step_time", "data_wait", "_share")
 

@@ -17,7 +17,7 @@ from common.errors import UserError
 from distill.checkpoint import load_student
 from distill.config import TeacherConfig, load_config
 from distill.export import student_detail
-from distill.models import create_student
+from distill.models import cls_and_patches, create_student, patch_side, token_widths
 from distill.teacher import LOCAL_DIR, load_teacher
 from pipeline.batch import normalise
 from pipeline.readers import CenterCropBatch
@@ -32,7 +32,7 @@ class FeatureModel:
     """A frozen model and how its input is made from uint8 NHWC crops.
 
     Attributes:
-        model: a timm ViT with a cls token.
+        model: a timm model without a classifier.
         normalise: uint8 [b, h, w, 3] to float [b, 3, h, w] on the same device.
     """
 
@@ -58,8 +58,8 @@ class ProbedModel:
 
     @property
     def embed_dim(self) -> int:
-        """Width of its tokens."""
-        return int(self.entry.model.embed_dim)  # type: ignore[arg-type]
+        """Width of its cls tokens."""
+        return token_widths(self.entry.model)[0]
 
     @property
     def num_parameters(self) -> int:
@@ -97,6 +97,7 @@ def load_probed(
         raise UserError(f"model {probed!r}: not a model to probe. Give one of {KINDS}.")
 
     if kind == "run":
+        student: nn.Module
         student, meta = load_student(rest, use_ema=use_ema)
         detail, entry = student_detail(meta["step"], meta["ema"]), _student(student, device)
     elif kind == "random":
@@ -117,7 +118,7 @@ def load_probed(
         teacher = load_teacher(config, img_size=img_size, device=device, dtype=torch.float32)
         entry = FeatureModel(teacher.model, partial(normalise, mean=teacher.mean, std=teacher.std))
 
-    patch = int(entry.model.patch_embed.patch_size[0])  # type: ignore[union-attr, index]
+    patch = patch_side(entry.model)
     if img_size % patch:
         raise UserError(
             f"model {probed!r}: its patches are {patch} px, and the crops of {img_size} px do not divide "
@@ -195,8 +196,8 @@ def feature_sets(layers: Iterable[int], depth: int) -> tuple[list[FeatureSet], l
 
 
 def model_depth(model: nn.Module) -> int:
-    """Number of transformer blocks of a timm ViT."""
-    return len(model.blocks)  # type: ignore[arg-type]
+    """Number of blocks of a timm ViT whose cls tokens can be taken; 1 for a model without a class token."""
+    return len(model.blocks) if getattr(model, "cls_token", None) is not None else 1  # type: ignore[arg-type]
 
 
 @torch.inference_mode()
@@ -206,18 +207,22 @@ def forward_features(
     """Final-norm tokens after the last `layers` blocks.
 
     Args:
-        entry: a timm ViT in eval mode, and its normalisation.
+        entry: a model in eval mode, and its normalisation.
         crops: uint8 crops on its device.
         dtype: compute dtype: below fp32, fp32 weights run under autocast.
         layers: number of last blocks; a model with fewer gives all it has.
 
     Returns:
-        Per block, deepest last: (patch tokens [b, n, d], prefix tokens [b, p, d]), fp32.
+        Per block, deepest last: (patch tokens [b, n, d], prefix tokens [b, p, d]), fp32. Of a model without a class
+        token once, with its pooled features as the only prefix token.
     """
     model, images = entry.model, entry.normalise(crops)
     weights_dtype = next(model.parameters()).dtype
     autocast = dtype != torch.float32 and weights_dtype == torch.float32
     with torch.autocast(images.device.type, dtype=dtype, enabled=autocast):
+        if getattr(model, "cls_token", None) is None:
+            pooled, patches = cls_and_patches(model, images.to(weights_dtype))
+            return [(patches.float(), pooled[:, None].float())]
         blocks = model.forward_intermediates(  # type: ignore[operator]
             images.to(weights_dtype),
             indices=min(layers, model_depth(model)),
@@ -250,14 +255,8 @@ def extract_features_of(
         Features of each model, rows in the order of the stream.
 
     Raises:
-        UserError: the stream is empty, or a model has no cls token.
+        UserError: the stream is empty.
     """
-    for name, entry in models.items():
-        if not getattr(entry.model, "num_prefix_tokens", 0):
-            raise UserError(
-                f"{name}: the model has no cls token (num_prefix_tokens is 0). The probe's features are the "
-                "cls token and the mean patch token. Choose a ViT with a cls token."
-            )
     chunks: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in models}
     labels: list[Tensor] = []
     rows: list[Tensor] = []

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from common.errors import UserError
-from distill.config import LOSS_PRESETS, DataConfig, TrainConfig, load_config, preset, write_or_check_config
+from distill.config import DataConfig, LossConfig, TrainConfig, load_config, preset, write_or_check_config
 from distill.runtime import parse_config, step_seed
 from pipeline.augmentation import CropOptions
 from pipeline.augmentation import preset as augmentation_preset
@@ -61,16 +61,37 @@ def test_an_unknown_flag_fails_with_the_closest_match(capsys: pytest.CaptureFixt
 
 
 def test_a_preset_sets_the_weights_and_single_flags_go_over_it() -> None:
-    config = parse_config(["--preset=gram", "--koleo_loss_weight", "0"])
-    assert (config.losses.gram_loss_weight, config.losses.spd_loss_weight) == (1.0, 0.0)
+    config = parse_config(["--preset=gram_like", "--koleo_loss_weight", "0"])
+    assert (config.losses.gram_loss_weight, config.losses.spd_loss_weight) == (2.0, 0.0)
     assert config.losses.koleo_loss_weight == 0.0
-    assert parse_config(["--preset", "proteus"]).losses == LOSS_PRESETS["proteus"]()
-    with pytest.raises(UserError, match="Choose one of five, five_plus_patch, proteus, gram, lightly"):
-        preset("six")
+    with pytest.raises(UserError, match=r"Did you mean 'gram_like'.*There are: five, five_plus_patch, regression"):
+        preset("gram")
+
+
+def test_a_preset_sets_crops_too_and_what_no_loss_reads_is_neither_cut_nor_fitted() -> None:
+    assert parse_config(["--preset", "proteus"]) == preset("proteus")
+    crops = parse_config(["--preset", "proteus", "--global_crops_scale", "0.5", "1"]).crops()
+    assert (crops.num_global_crops, crops.num_local_crops, crops.global_crops_scale) == (1, 0, (0.5, 1.0))
+    assert (crops.jitter_prob, crops.gray_prob) == (0, 0)
+    assert (crops.blur_prob_global, crops.solarize_prob_global) == ((0,), (0,))
+    unread = parse_config(["--preset", "lightly_like", "--local_crops_number", "8"])
+    assert (unread.crops().num_local_crops, unread.crops().num_global_crops) == (0, 2)
+    assert (unread.fitted_prototypes().num_prototypes, unread.fitted_prototypes().prototype_rows) == (0, 8192)
+    five = TrainConfig()
+    assert (five.crops().num_local_crops, five.fitted_prototypes()) == (8, five.prototypes)
+
+
+def test_one_view_is_no_pair_for_dino_and_three_global_crops_are_refused() -> None:
+    one = DataConfig(global_crops_number=1, local_crops_number=0)
+    with pytest.raises(UserError, match="DINO compares two views, and there is one"):
+        TrainConfig(data=one)
+    assert TrainConfig(data=one, losses=LossConfig(dino_same_view=True)).crops().num_crops == 1
+    with pytest.raises(UserError, match="--global_crops_number 3: it must be 1 or 2"):
+        parse_config(["--global_crops_number", "3"]).crops()
 
 
 def test_config_json_comes_back_equal(tmp_path: Path) -> None:
-    config = parse_config(["--preset", "lightly", "--lr", "1e-3", "--global_crops_scale", "0.3", "1"])
+    config = parse_config(["--preset", "lightly_like", "--lr", "1e-3", "--global_crops_scale", "0.3", "1"])
     write_or_check_config(config, tmp_path)
     assert load_config(tmp_path) == config
 

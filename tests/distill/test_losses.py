@@ -30,12 +30,13 @@ def dino_by_pairs(student: Tensor, teacher: Tensor, temp: float, same_view: bool
     return torch.stack(values).mean()
 
 
-def ibot_by_crops(student: Tensor, teacher: Tensor, crop_of_row: list[int], temp: float) -> Tensor:
-    per_crop: dict[int, list[Tensor]] = {}
+def ibot_by_crops(student: Tensor, teacher: Tensor, crop_of_row: list[int], num_crops: int, temp: float) -> Tensor:
+    """Meta's `forward_masked`: the rows of a crop weigh one over their number, the sum is over all crops."""
+    total = torch.zeros((), dtype=torch.float64)
     for row, crop in enumerate(crop_of_row):
         log_q = torch.log_softmax(student[row] / temp, dim=0)
-        per_crop.setdefault(crop, []).append(-(teacher[row] * log_q).sum())
-    return torch.stack([torch.stack(rows).mean() for rows in per_crop.values()]).mean()
+        total = total - (teacher[row] * log_q).sum() / crop_of_row.count(crop)
+    return total / num_crops
 
 
 def koleo_by_pairs(cls: Tensor) -> Tensor:
@@ -71,18 +72,36 @@ def test_dino_loss_equals_the_loop_over_pairs(views: int, global_views: int, sam
     )
 
 
+@pytest.mark.parametrize("same_view", [False, True])
+def test_dino_loss_weighs_global_and_local_crops_as_meta_does(same_view: bool) -> None:
+    g, local, b = 2, 8, 3
+    generator = torch.Generator().manual_seed(1)
+    student = torch.randn(g + local, b, 6, dtype=torch.float64, generator=generator)
+    teacher = torch.softmax(torch.randn(g, b, 6, dtype=torch.float64, generator=generator), dim=-1)
+
+    def mean_over(views: range) -> tuple[Tensor, int]:
+        pairs = [(s, t) for s in views for t in range(g) if same_view or s != t]
+        log_q = torch.log_softmax(student / 0.1, dim=-1)
+        return torch.stack([-(teacher[t] * log_q[s]).sum(-1).mean() for s, t in pairs]).mean(), len(pairs)
+
+    (of_global, global_terms), (of_local, local_terms) = mean_over(range(g)), mean_over(range(g, g + local))
+    terms = global_terms + local_terms  # dino_global_scale and dino_local_scale of ssl_meta_arch.py
+    expected = of_global * (global_terms / terms) + of_local * (local_terms / terms)
+    assert_close(losses.dino_loss(student, teacher, student_temp=0.1, same_view=same_view), expected, **EXACT)
+
+
 @settings(deadline=None, max_examples=25)
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=4), st.integers(0, 1000))
-def test_ibot_loss_equals_the_mean_over_crops_of_the_mean_over_masked_patches(counts: list[int], seed: int) -> None:
+def test_ibot_loss_equals_metas_sum_over_masked_patches_divided_by_all_crops(counts: list[int], seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     crop_of_row = [crop for crop, count in enumerate(counts) for _ in range(count)]
-    rows = len(crop_of_row)
+    rows, num_crops = len(crop_of_row), 2 * len(counts)  # every other crop has no mask
     student = torch.randn(rows, 5, dtype=torch.float64, generator=generator)
     teacher = torch.softmax(torch.randn(rows, 5, dtype=torch.float64, generator=generator), dim=-1)
     per_image = torch.tensor([counts[crop] for crop in crop_of_row], dtype=torch.float64)
     both(
-        lambda z: losses.ibot_loss(z, teacher, per_image, student_temp=0.2),
-        lambda z: ibot_by_crops(z, teacher, crop_of_row, 0.2),
+        lambda z: losses.ibot_loss(z, teacher, per_image, num_crops=num_crops, student_temp=0.2),
+        lambda z: ibot_by_crops(z, teacher, crop_of_row, num_crops, 0.2),
         student,
     )
 
@@ -167,3 +186,13 @@ def test_patch_regression_loss_is_cosine_plus_smooth_l1() -> None:
     student, teacher = torch.tensor([[3.0, 0.0]]), torch.tensor([[0.0, 0.5]])
     # 1 - cos = 1; smooth L1 of (3, -0.5): (3 - 0.5 + 0.125) / 2.
     assert losses.patch_regression_loss(student, teacher).item() == pytest.approx(1 + 2.625 / 2)
+
+
+def test_proteus_loss_is_three_means_of_squares() -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((3, 4), (3, 5, 4), (6, 4))
+    cls, patches, masked = (tuple(torch.randn(2, *shape, generator=generator)) for shape in shapes)
+    squares = [(s - t).square() for s, t in (cls, patches, masked)]
+    whole = (squares[0].sum() + squares[1].sum()) / (3 * 6 * 4)
+    expected = squares[0].sum() / 12 + whole + squares[2].sum() / 24
+    assert_close(losses.proteus_loss(cls, patches, masked), expected)

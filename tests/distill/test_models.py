@@ -10,7 +10,16 @@ from torch.testing import assert_close
 
 from common.errors import UserError
 from distill.config import StudentConfig
-from distill.models import create_student, create_vit, packed_tokens, rope_table
+from distill.models import (
+    check_plain_student,
+    cls_and_patches,
+    create_student,
+    create_vit,
+    is_packable,
+    packed_tokens,
+    rope_table,
+    token_widths,
+)
 
 # One fp32 forward and backward in two orders of summation over at most 300 tokens of O(1) values.
 FP32_NOISE = {"rtol": 2e-4, "atol": 2e-5}
@@ -46,8 +55,8 @@ def test_masked_patches_do_not_reach_the_tokens(student_config: StudentConfig) -
     changed = crops.clone()
     changed[:, :, :8] += 1.0
     rope, token = [rope_table(model, 48)], torch.full((64,), 0.3)
-    first = packed_tokens(model, [crops], rope, mask=mask, mask_token=token)[0]
-    second = packed_tokens(model, [changed], rope, mask=mask, mask_token=token)[0]
+    first = packed_tokens(model, [crops], rope, masks=[mask], mask_token=token)[0]
+    second = packed_tokens(model, [changed], rope, masks=[mask], mask_token=token)[0]
     assert torch.equal(first, second)
     unmasked = packed_tokens(model, [crops], rope)[0]
     assert not torch.allclose(first, unmasked)
@@ -85,11 +94,62 @@ def test_an_unknown_architecture_is_named() -> None:
         create_vit("vit_smal")
 
 
-def test_a_model_without_class_token_is_refused() -> None:
-    with pytest.raises(UserError, match=r"class token|cannot create"):
-        create_vit("resnet18")
+# timm's name, patch side, pixels of a small and a large crop, widths of cls and patch tokens.
+PLAIN = [
+    ("vit_tiny_patch16_224", 16, (48, 32), (192, 192)),  # absolute positions
+    ("vit_pwee_patch16_reg1_gap_256", 16, (48, 32), (256, 256)),  # registers, no class token: pooled
+    ("deit3_small_patch16_224", 16, (48, 32), (384, 384)),  # positions of the patches alone, LayerScale
+    ("vit_dwee_patch16_reg1_gap_256", 16, (48, 32), (256, 256)),  # differential attention
+    ("eva02_tiny_patch14_224", 14, (56, 28), (192, 192)),  # RoPE and absolute positions
+    ("swin_tiny_patch4_window7_224", 32, (96, 64), (768, 768)),  # a map with the channels last
+    ("convnext_atto", 32, (96, 64), (320, 320)),
+    ("resnet18", 32, (96, 64), (512, 512)),
+    ("mobilenetv3_small_050", 32, (96, 64), (288, 1024)),  # a layer between map and pooled features
+]
 
 
-def test_a_student_that_cannot_be_packed_is_refused() -> None:
-    with pytest.raises(UserError, match="the student must be a timm Eva ViT with RoPE"):
-        create_student(StudentConfig(arch="vit_tiny_patch16_224"), seed=0)
+@pytest.mark.parametrize(("arch", "patch", "sizes", "widths"), PLAIN, ids=[row[0] for row in PLAIN])
+def test_other_timm_models_give_the_tokens_of_timms_own_forward(
+    arch: str, patch: int, sizes: tuple[int, int], widths: tuple[int, int]
+) -> None:
+    model = create_student(StudentConfig(arch=arch, patch_size=patch), seed=0).eval()
+    check_plain_student(model, sizes, arch=arch, masks=False)
+    assert not is_packable(model)
+    for size in sizes:
+        images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+        cls, patches = cls_and_patches(model, images)
+        assert patches.shape[1] == (size // patch) ** 2
+        assert (cls.shape[1], patches.shape[2]) == token_widths(model)
+        # What a user of timm gets of a model without a classifier.
+        assert_close(cls, model(images), rtol=0, atol=0)
+        features = model.forward_intermediates(images, indices=1, intermediates_only=True, norm=patches.ndim == 3)[0]
+        assert_close(patches, features.flatten(2).mT, rtol=1e-5, atol=1e-5)
+
+
+def test_a_student_of_the_family_has_equal_tokens_packed_and_plain(student_config: StudentConfig) -> None:
+    model = create_student(student_config, seed=3).eval()
+    crops = torch.randn(3, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+    packed = packed_tokens(model, [crops], [rope_table(model, 48)])[0]
+    cls, patches = cls_and_patches(model, crops)
+    assert is_packable(model)
+    assert_close(cls, packed[:, 0], **FP32_NOISE)
+    assert_close(patches, packed[:, 5:], **FP32_NOISE)
+
+
+def test_a_patch_size_that_is_not_the_architectures_is_refused_with_the_right_one() -> None:
+    with pytest.raises(UserError, match=r"its patches are 32 pixels wide. Give --patch_size 32"):
+        create_student(StudentConfig(arch="resnet18"), seed=0)
+
+
+@pytest.mark.parametrize("arch", ["vit_tiny_patch16_224", "convnext_atto"])
+def test_masks_are_refused_for_a_student_that_cannot_be_packed(arch: str) -> None:
+    with pytest.raises(UserError, match=f"{arch}: masks of the student's input need the packed pass"):
+        check_plain_student(torch.nn.Identity(), (48,), arch=arch, masks=True)
+
+
+def test_a_model_of_one_input_size_is_refused_for_crops_of_another() -> None:
+    arch = "mixer_s32_224"
+    model = create_student(StudentConfig(arch=arch, patch_size=32), seed=0)
+    check_plain_student(model, (224,), arch=arch, masks=False)
+    with pytest.raises(UserError, match=f"{arch}: it does not take crops of 96 pixels"):
+        check_plain_student(model, (224, 96), arch=arch, masks=False)

@@ -103,6 +103,28 @@ def test_tokens_on_another_grid_are_the_means_of_those_they_cover(old: int, new:
     assert found.cls is targets.cls
 
 
+@pytest.mark.parametrize(
+    ("arch", "input_size", "patches", "width"),
+    [("convnext_atto", 64, 4, 320), ("resnet10t", 64, 4, 512), ("vit_pwee_patch16_reg1_gap_256", 48, 9, 256)],
+)
+def test_a_teacher_without_a_class_token_gives_its_pooled_features_in_its_place(
+    arch: str, input_size: int, patches: int, width: int
+) -> None:
+    model = create_vit(arch, vit_args={"img_size": input_size, "dynamic_img_size": False})
+    teacher = FrozenTeacher(model, arch=arch, img_size=50, dtype=torch.float32, device=CPU)
+    targets = teacher(random_crops(2, 50))
+    assert (teacher.num_patches(), teacher.embed_dim, teacher.input_size) == (patches, width, input_size)
+    assert targets.patches.shape == (1, 2, patches, width)
+    images = normalise(random_crops(2, 50), mean=teacher.mean, std=teacher.std)
+    images = F.interpolate(images, size=(input_size, input_size), mode="bilinear", antialias=True)
+    assert_close(targets.cls[0], model(images), rtol=0, atol=0)
+
+
+def test_a_teacher_of_two_widths_is_refused() -> None:
+    with pytest.raises(UserError, match="pooled features are 1024 wide and its last map 288"):
+        FrozenTeacher(create_vit("mobilenetv3_small_050"), arch="m", img_size=64, dtype=torch.float32, device=CPU)
+
+
 def test_crops_of_another_size_are_refused() -> None:
     with pytest.raises(UserError, match=r"crops of \(48, 48\) pixels, it was made for 32"):
         small_teacher()(random_crops(2, 48))

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 
 import probe
+from cache_tools.__main__ import main as cache_tools
 from distill.checkpoint import load_newest
 from distill.config import PRESETS
 from distill.export import ExportArgs, export_run
 from distill.step import TERMS
 
-from .conftest import Workplace
+from .conftest import CROPS, Workplace
 from .test_training import assert_same_state, curve
 
 Run = Callable[[list[str]], list[dict[str, Any]]]
@@ -87,3 +88,15 @@ def test_every_preset_trains_its_own_terms_live(
     _, state = load_newest(tmp_path)  # type: ignore[misc]
     prototypes = state["model"]["cls_bank.weight"].shape[0]
     assert prototypes == (32 if name in ("five_plus_patch", "gram_like") else 0)
+
+
+def test_one_global_crop_teaches_alike_live_and_cached(workplace: Workplace, run_here: Run, tmp_path: Path) -> None:
+    teacher = ("--teacher_arch", f"local-dir:{workplace.teacher}")
+    crops = (*CROPS, "--global_crops_number", 1)
+    build = ["build", "--shards", workplace.shards, "--cache", tmp_path / "cache", "--view_sets", 2, "--device", "cpu"]
+    assert cache_tools([str(word) for word in [*build, "--codec", "fp16", *teacher, *crops]]) == 0
+    flags = (*teacher, "--global_crops_number", 1, "--max_steps", 4, "--view_sets", 2)
+    live = run_here(workplace.flags(tmp_path / "live", *flags))
+    cached = run_here(workplace.flags(tmp_path / "cached", *flags, "--cache_path", tmp_path / "cache"))
+    # fp16 rounds tokens by 2^-11 of their size; prototypes are fitted to the rounded ones.
+    assert curve(cached) == pytest.approx(curve(live), rel=2.0**-7)

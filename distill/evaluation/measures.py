@@ -30,7 +30,6 @@ def knn_predict(
     *,
     k: Sequence[int],
     temperature: float = TEMPERATURE,
-    queries_are_bank: bool = False,
     block_elements: int = BLOCK_ELEMENTS,
 ) -> dict[int, Int64[Tensor, " q"]]:
     """Class of each query by the vote of its k nearest bank rows in cosine similarity.
@@ -44,7 +43,6 @@ def knn_predict(
         queries: features to classify, on the device of `bank`.
         k: numbers of neighbours; one search serves all of them.
         temperature: of the vote.
-        queries_are_bank: query i is bank row i, which is then no neighbour of itself.
         block_elements: similarities computed at once; bounds the memory, not the result.
 
     Returns:
@@ -53,10 +51,9 @@ def knn_predict(
     Raises:
         UserError: a k is below 1 or above the number of possible neighbours.
     """
-    available = len(bank) - int(queries_are_bank)
-    if not k or min(k) < 1 or max(k) > available:
+    if not k or min(k) < 1 or max(k) > len(bank):
         raise UserError(
-            f"k-NN: k = {list(k)} with {available} possible neighbours. Each k must be from 1 to the number "
+            f"k-NN: k = {list(k)} with {len(bank)} possible neighbours. Each k must be from 1 to the number "
             "of labelled images. Choose a smaller k (--knn_k) or give more training images."
         )
     bank = F.normalize(bank.float(), dim=1)
@@ -66,9 +63,6 @@ def knn_predict(
     for start in range(0, len(queries), rows_at_once):
         block = F.normalize(queries[start : start + rows_at_once].float(), dim=1)
         similarity = block @ bank.T  # [r, n]
-        if queries_are_bank:
-            own = torch.arange(len(block), device=block.device)
-            similarity[own, own + start] = -torch.inf
         nearest, index = similarity.topk(max(k), dim=1)
         votes = ((nearest - 1) / temperature).exp()  # shifted by the greatest similarity: only ratios count
         labels = bank_labels[index]
@@ -87,8 +81,6 @@ def knn_accuracy(
     query_labels: Int64[Tensor, " q"],
     *,
     k: Sequence[int],
-    temperature: float = TEMPERATURE,
-    queries_are_bank: bool = False,
 ) -> dict[int, float]:
     """Top-1 accuracy in percent for each k; see `knn_predict`.
 
@@ -101,9 +93,7 @@ def knn_accuracy(
             f"{int((bank_labels < 0).sum())} of {len(bank_labels)} bank images without a class. "
             "Accuracy needs at least one query and a class for every image. Leave unlabelled rows out."
         )
-    predictions = knn_predict(
-        bank, bank_labels, queries, k=k, temperature=temperature, queries_are_bank=queries_are_bank
-    )
+    predictions = knn_predict(bank, bank_labels, queries, k=k)
     return {each: 100 * (predicted == query_labels).double().mean().item() for each, predicted in predictions.items()}
 
 
@@ -116,7 +106,6 @@ def knn_top1(
     device: torch.device | str,
     dtype: torch.dtype = torch.float32,
     k: int = 20,
-    temperature: float = TEMPERATURE,
 ) -> float:
     """Top-1 accuracy in percent of a model's cls token, cheap enough to run every few epochs of training.
 
@@ -128,7 +117,6 @@ def knn_top1(
         device: where the model is.
         dtype: compute dtype.
         k: number of neighbours; the bank's size where that is smaller.
-        temperature: of the vote.
 
     Rows without a class (label -1) neither vote nor count.
 
@@ -150,7 +138,6 @@ def knn_top1(
         asked.cls[asking, -1].to(device),
         asked.labels[asking].to(device),
         k=[k],
-        temperature=temperature,
     )
     return accuracy[k]
 

@@ -24,7 +24,6 @@ def loop_over_pairs(
     queries: list[list[float]],
     k: int,
     temperature: float,
-    leave_out: bool,
 ) -> list[int]:
     def unit(vector: list[float]) -> list[float]:
         norm = math.sqrt(sum(x * x for x in vector))
@@ -32,12 +31,11 @@ def loop_over_pairs(
 
     units = [unit(row) for row in bank]
     answers = []
-    for i, query in enumerate(queries):
+    for query in queries:
         asked = unit(query)
         found = [
             (sum(a * b for a, b in zip(asked, row, strict=True)), labels[j])
             for j, row in enumerate(units)
-            if not (leave_out and j == i)
         ]
         found.sort(reverse=True)
         votes: dict[int, float] = {}
@@ -47,16 +45,15 @@ def loop_over_pairs(
     return answers
 
 
-@pytest.mark.parametrize("leave_out", [False, True])
 @pytest.mark.parametrize("block_elements", [2**26, 130])
-def test_votes_equal_a_loop_over_pairs(leave_out: bool, block_elements: int) -> None:
+def test_votes_equal_a_loop_over_pairs(block_elements: int) -> None:
     generator = torch.Generator().manual_seed(0)
     bank = torch.randn(60, 5, generator=generator)
     labels = torch.randint(4, (60,), generator=generator)
-    queries = bank if leave_out else torch.randn(35, 5, generator=generator)
-    got = knn_predict(bank, labels, queries, k=[1, 5, 20], queries_are_bank=leave_out, block_elements=block_elements)
+    queries = torch.randn(35, 5, generator=generator)
+    got = knn_predict(bank, labels, queries, k=[1, 5, 20], block_elements=block_elements)
     for k in (1, 5, 20):
-        expected = loop_over_pairs(bank.tolist(), labels.tolist(), queries.tolist(), k, 0.07, leave_out)
+        expected = loop_over_pairs(bank.tolist(), labels.tolist(), queries.tolist(), k, 0.07)
         assert got[k].tolist() == expected
 
 
@@ -69,20 +66,10 @@ def test_the_temperature_weighs_near_neighbours() -> None:
     assert knn_predict(bank, labels, query, k=[3], temperature=1.0)[3].item() == 1
 
 
-def test_an_image_is_no_neighbour_of_itself() -> None:
-    bank = torch.eye(4).repeat(2, 1) + 0.01 * torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
-    labels = torch.tensor([0, 1, 2, 3, 3, 2, 1, 0])
-    # With itself left out, the nearest is the other copy of its axis, which has another class.
-    assert knn_accuracy(bank, labels, bank, labels, k=[1])[1] == 100
-    assert knn_accuracy(bank, labels, bank, labels, k=[1], queries_are_bank=True)[1] == 0
-
-
 def test_too_many_neighbours_and_missing_classes_are_named() -> None:
     bank, labels = torch.randn(10, 3), torch.zeros(10, dtype=torch.int64)
     with pytest.raises(UserError, match=r"k = \[5, 20\] with 10 possible neighbours.*--knn_k"):
         knn_predict(bank, labels, bank, k=[5, 20])
-    with pytest.raises(UserError, match=r"k = .10. with 9 possible neighbours"):
-        knn_predict(bank, labels, bank, k=[10], queries_are_bank=True)
     with pytest.raises(UserError, match="10 queries, 10 of them and 0 of 10 bank images without a class"):
         knn_accuracy(bank, labels, bank, labels - 1, k=[1])
 

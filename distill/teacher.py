@@ -42,10 +42,14 @@ class FrozenTeacher:
         img_size: int,
         dtype: torch.dtype,
         device: torch.device,
-        round_rope_periods: bool = False,
     ):
+        rope = dinov3_rope(model)
+        periods = rope.periods.to(device, copy=True) if rope else None
         self.model: Any = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
-        _restore_rope_table(self.model, round_rope_periods)
+        if rope:
+            rope.periods = periods  # in fp32 again, which a cast of the model to bf16 has rounded; so is the table
+        if rope and rope.feat_shape is not None:
+            rope.register_buffer("pos_embed_cached", rope._create_embed(rope.feat_shape, no_aug=True), persistent=False)
         self.arch = arch
         self.img_size = img_size
         self.input_size = _input_size(self.model, img_size)
@@ -95,16 +99,16 @@ class FrozenTeacher:
 
     def fingerprint(self) -> dict[str, Any]:
         """Return what decides this teacher's outputs on given crops; a cache with another one is refused."""
-        rope: Any = getattr(self.model, "rope", None)
+        rope = dinov3_rope(self.model)
         return {
-            "architecture": self.arch.removeprefix(LOCAL_DIR).rstrip("/").rsplit("/", 1)[-1],
+            "architecture": self.model.pretrained_cfg["architecture"],
             "state_dict_sha256": tensors_sha256(self.model.state_dict()),
             "feature_point": "final-norm cls token and patch tokens",
             "dtype": str(self.dtype).removeprefix("torch."),
             "img_size": self.img_size,
             "mean": list(self.mean),
             "std": list(self.std),
-            "rope_periods": rope.periods.tolist() if _is_dinov3_rope(rope) else None,
+            "rope_periods": rope.periods.tolist() if rope else None,
         } | ({"input_size": self.input_size} if self.input_size != self.img_size else {})
 
 
@@ -135,6 +139,8 @@ def load_teacher(
             "Give a local file with --teacher_pretrained_weights (Meta's .pth or timm's .safetensors), or an existing "
             "local-dir:FOLDER."
         ) from error
+    if model.pretrained_cfg.get("tag"):  # released weights; a folder with a model trained otherwise has no tag
+        round_rope_periods(model)
     if weights is not None:
         load_weights(model, weights)
     for key, value in model.state_dict().items():
@@ -143,9 +149,7 @@ def load_teacher(
                 f"{weights or arch}: {key} holds NaN or Inf. The file is damaged: copy or download it again."
             )
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-    # Meta released DINOv3 with RoPE periods rounded to bf16; a local folder holds a model trained otherwise.
-    rounded = not arch.startswith(LOCAL_DIR)
-    return FrozenTeacher(model, arch=arch, img_size=img_size, dtype=dtype, device=device, round_rope_periods=rounded)
+    return FrozenTeacher(model, arch=arch, img_size=img_size, dtype=dtype, device=device)
 
 
 def _create(arch: str, img_size: int, *, pretrained: bool) -> Any:
@@ -158,21 +162,17 @@ def _input_size(model: Any, img_size: int) -> int:
     return max(round(img_size / patch), 1) * patch
 
 
-def _restore_rope_table(model: Any, round_periods: bool) -> None:
-    """Recompute RoPE's table in fp32, which a cast of the model to bf16 would have rounded.
-
-    With periods rounded to bf16, as in Meta's release, timm's DINOv3 equals Meta's code to the bit.
-    """
-    rope: Any = getattr(model, "rope", None)
-    if _is_dinov3_rope(rope) and rope.feat_shape is not None:
-        periods = rope._compute_periods(device=rope.periods.device)
-        rope.periods.copy_(periods.bfloat16().float() if round_periods else periods)
-        table = rope._create_embed(rope.feat_shape, no_aug=True)
-        rope.register_buffer("pos_embed_cached", table, persistent=False)
+def dinov3_rope(model: Any) -> Any:
+    """Return a model's RoPE where it is DINOv3's, else None."""
+    rope = getattr(model, "rope", None)
+    return rope if isinstance(rope, RotaryEmbeddingDinoV3) else None
 
 
-def _is_dinov3_rope(rope: Any) -> bool:
-    return isinstance(rope, RotaryEmbeddingDinoV3)
+def round_rope_periods(model: Any) -> None:
+    """Round RoPE's periods to bf16, as in Meta's release of DINOv3: timm's model then equals Meta's code to the bit."""
+    rope = dinov3_rope(model)
+    if rope:
+        rope.periods = rope.periods.bfloat16().float()
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import logging
 import pickle
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -49,7 +50,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         model: a timm ViT; changed in place.
         path: `.safetensors`, `.pth` or `.pt`, or a folder with model.safetensors, in the layout of timm, of Meta's
             DINOv3 or DINOv2, or of Hugging Face's DINOv3ViTModel. Absolute positions are resampled to the model's
-            grid by timm.
+            grid by timm; RoPE's periods are those of the file, where it holds them.
 
     Raises:
         UserError: the file is missing, not a plain state dict, or its keys or shapes differ from the
@@ -57,6 +58,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     """
     path = Path(path)
     state = read_state_dict(path)
+    periods = state.get("rope_embed.periods")  # Meta's file says them; a timm or Hugging Face file does not
     if "embeddings.register_tokens" in state:
         state = huggingface_to_meta(state)
     if "storage_tokens" in state:
@@ -64,6 +66,14 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     elif isinstance(model, VisionTransformer):
         state = checkpoint_filter_fn(state, model)  # Meta's DINOv2 keys, and a position table of another image size
     load_state(model, state, where=str(path))
+    if periods is not None:
+        rope: Any = getattr(model, "rope", None)
+        if rope is None or rope.periods.shape != periods.shape:
+            raise UserError(
+                f"{path}: rope_embed.periods has shape {tuple(periods.shape)}, and the model no place for it. Give the "
+                "architecture that the weights were made for."
+            )
+        rope.periods = periods.float()
 
 
 def load_state(model: nn.Module, state: StateDict, *, where: str) -> None:

@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from timm.models._hub import save_for_hf
 from torch.testing import assert_close
 
 from common.errors import UserError
 from distill.config import TeacherConfig
 from distill.models import create_vit
-from distill.teacher import FrozenTeacher, TeacherTargets, load_teacher
+from distill.teacher import FrozenTeacher, TeacherTargets, load_teacher, round_rope_periods
 from pipeline.batch import normalise
+
+from .test_weights import meta_layout
 
 CPU = torch.device("cpu")
 SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2, "img_size": 32, "dynamic_img_size": False, "init_values": 0.5}
 
 
-def small_teacher(dtype: torch.dtype = torch.float32, **more: object) -> FrozenTeacher:
+def small_teacher(dtype: torch.dtype = torch.float32, *, rounded: bool = False) -> FrozenTeacher:
     torch.manual_seed(0)
     model = create_vit("vit_small", patch_size=8, model_args=SMALL)
-    return FrozenTeacher(model, arch="small", img_size=32, dtype=dtype, device=CPU, **more)  # type: ignore[arg-type]
+    if rounded:
+        round_rope_periods(model)
+    return FrozenTeacher(model, arch="small", img_size=32, dtype=dtype, device=CPU)
 
 
 def random_crops(count: int, size: int = 32) -> torch.Tensor:
@@ -131,13 +137,13 @@ def test_crops_of_another_size_are_refused() -> None:
 
 
 def test_a_bf16_teacher_keeps_its_rope_table_in_fp32_with_rounded_periods() -> None:
-    exact, half = small_teacher(), small_teacher(torch.bfloat16, round_rope_periods=True)
+    exact, half = small_teacher(), small_teacher(torch.bfloat16, rounded=True)
     table = half.model.rope.pos_embed_cached
     assert table.dtype == torch.float32
     periods = exact.model.rope.periods.bfloat16().float()
     assert half.fingerprint()["rope_periods"] == periods.tolist()
     assert exact.fingerprint()["rope_periods"] != periods.tolist()
-    reference = small_teacher(round_rope_periods=True)
+    reference = small_teacher(rounded=True)
     assert torch.equal(table, reference.model.rope.pos_embed_cached)
 
 
@@ -175,3 +181,53 @@ def test_weights_that_cannot_be_downloaded_name_the_alternative(monkeypatch: pyt
 def test_a_missing_local_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"local-dir:.*absent"):
         load_teacher(TeacherConfig(teacher_arch=f"local-dir:{tmp_path}/absent"), img_size=32, device=CPU)
+
+
+def test_the_same_weights_are_the_same_teacher_whatever_holds_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Meta's file, timm's, Hugging Face's, a folder of any name as timm saves it, and the hub's own cache."""
+    torch.manual_seed(0)
+    arch = "vit_small_patch16_dinov3"
+    source = create_vit(arch).eval()
+    for block in source.blocks:
+        torch.nn.init.normal_(block.gamma_1)  # 1e-5 as created: positions would reach no token
+    state = meta_layout(source)
+    state["rope_embed.periods"] = source.rope.periods.bfloat16().float()  # as in the release
+    torch.save(state, tmp_path / "dinov3_vits16_pretrain_lvd1689m.pth")
+    save_file(source.state_dict(), tmp_path / "timm.safetensors")
+    folder = tmp_path / "a name of one's own"
+    save_for_hf(source, folder, safe_serialization=True)
+    hub = tmp_path / "hub" / "models--timm--vit_small_patch16_dinov3.lvd1689m"
+    (hub / "refs").mkdir(parents=True)
+    (hub / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(folder, hub / "snapshots" / ("0" * 40))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+    def teacher(arch: str, weights: Path | None = None) -> FrozenTeacher:
+        config = TeacherConfig(teacher_arch=arch, teacher_pretrained_weights=weights and str(weights))
+        return load_teacher(config, img_size=48, device=CPU)
+
+    first = teacher(arch, tmp_path / "dinov3_vits16_pretrain_lvd1689m.pth")
+    targets = first(random_crops(2, 48))
+    assert first.fingerprint()["rope_periods"] == state["rope_embed.periods"].tolist()
+    for same in (
+        teacher(f"{arch}.lvd1689m", tmp_path / "timm.safetensors"),
+        teacher(f"local-dir:{folder}"),
+        teacher(f"hf-hub:timm/{arch}.lvd1689m"),
+    ):
+        assert same.fingerprint() == first.fingerprint()
+        assert torch.equal(same(random_crops(2, 48)).patches, targets.patches)
+
+
+def test_periods_are_those_of_metas_file(tmp_path: Path) -> None:
+    state = meta_layout(create_vit("vit_small"))
+    state["rope_embed.periods"] = torch.linspace(1, 50, 16)  # not rounded, and not timm's
+    torch.save(state, tmp_path / "w.pth")
+    config = TeacherConfig(teacher_arch="vit_small", teacher_pretrained_weights=str(tmp_path / "w.pth"))
+    assert load_teacher(config, img_size=32, device=CPU).model.rope.periods.equal(torch.linspace(1, 50, 16))
+    state["rope_embed.periods"] = torch.ones(8)
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.raises(UserError, match=r"w.pth: rope_embed.periods has shape \(8,\)"):
+        load_teacher(config, img_size=32, device=CPU)

@@ -45,7 +45,8 @@ from distill.evaluation.logistic import SgdProtocol
 from distill.evaluation.measures import TEMPERATURE, cosine_to_teacher, knn_accuracy, rankme
 from distill.evaluation.report import ModelReport, ProbeReport, Protocol, results_table, write_probe_json
 from pipeline.backend import choose_backend
-from pipeline.readers import CenterCropBatch, read_center_crops
+from pipeline.batch import CropBatch
+from pipeline.readers import read_center_crops
 from shards.format import load_index, load_manifest
 
 RIDGE = 1e-3
@@ -135,7 +136,7 @@ class Stage:
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
-    def crops(self, shards: Path, rows: npt.NDArray[np.int64], what: str) -> Iterator[CenterCropBatch]:
+    def crops(self, shards: Path, rows: npt.NDArray[np.int64], what: str) -> Iterator[CropBatch]:
         """Centre crops of some rows, with a progress bar on a terminal."""
         batches = read_center_crops(
             shards,

@@ -30,7 +30,7 @@ from cache_tools.format import FORMAT_VERSION, CacheSpec, Paths, create_group, c
 from cache_tools.shard_file import ShardFileWriter, ViewSetFiles
 from cache_tools.write import ShardWriter
 from common.hashing import json_sha256
-from pipeline.readers import TeacherCropBatch
+from pipeline.batch import CropBatch
 
 RESULTS = Path(__file__).parent / "results" / "cache.csv"
 BATCH = 64
@@ -82,9 +82,10 @@ def make_cache(root: Path, spec: CacheSpec) -> None:
     for shard, rows in enumerate(spec.shard_rows):
         writer = ShardWriter(paths, spec, 0, shard, json_sha256(fingerprint))
         numbers = np.arange(start, start + rows)
-        group = TeacherCropBatch(
-            numbers, numbers.astype(np.uint64), np.zeros(rows, np.uint32), 0,
-            torch.empty(0, dtype=torch.uint8), np.zeros((rows, 2, 6), np.int32),
+        group = CropBatch(
+            rows=numbers, uids=numbers.astype(np.uint64), image_crcs=np.zeros(rows, np.uint32), view_set=0,
+            labels=torch.empty(0), crops=torch.empty(0, dtype=torch.uint8),
+            global_crops_spec=np.zeros((rows, 2, 6), np.int32),
         )  # fmt: skip
         shape = (rows, spec.num_crops, spec.num_patches, spec.embed_dim)
         codes = torch.from_numpy(generator.integers(-127, 128, shape, np.int8))

@@ -41,7 +41,8 @@ from common.errors import UserError
 from common.hashing import json_sha256
 from distill.teacher import TeacherTargets
 from pipeline.backend import choose_backend
-from pipeline.readers import TeacherCropBatch, in_batches
+from pipeline.batch import CropBatch
+from pipeline.readers import in_batches
 
 DEFAULT_CALIBRATION_ROWS = 2048
 # Tokens on which the codec is measured: the matrix logarithm grows with the cube of a crop's tokens.
@@ -214,7 +215,7 @@ class _Encoder:
         self.calibration = None if calibration is None else calibration.tensors(request.device)
 
     @torch.no_grad()
-    def __call__(self, batch: TeacherCropBatch) -> EncodedRows:
+    def __call__(self, batch: CropBatch) -> EncodedRows:
         spec = self.request.spec
         targets = self.teacher(batch.crops.to(self.request.device), num_crops=spec.num_crops)
         return encode(targets, codec=spec.codec, calibration=self.calibration)

@@ -12,7 +12,7 @@ from cache_tools.build import Teacher
 from cache_tools.codec import ChannelMoments, CodecQuality, measure_codec
 from cache_tools.format import CODECS, CacheSpec, CodecName
 from common.errors import UserError
-from pipeline.readers import TeacherCropBatch
+from pipeline.batch import CropBatch
 
 # int8 is recommended where it leaves both of these; on spectra like a ViT's it leaves about 0.6 % and 0.99995.
 MOST_LOG_GRAM_ERROR = 0.015
@@ -69,7 +69,7 @@ class FeatureReport:
 
 @torch.no_grad()
 def measure_features(
-    teacher: Teacher, batches: Iterable[TeacherCropBatch], *, num_crops: int, device: torch.device
+    teacher: Teacher, batches: Iterable[CropBatch], *, num_crops: int, device: torch.device
 ) -> FeatureReport:
     """Run the teacher over crops and measure; the last batches test what the first calibrate.
 

@@ -3,39 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from cache_tools.format import CacheCorrupt, CacheStale
+from pipeline.batch import ImageBatch
 
 SPEC_FIELDS = ("top", "left", "height", "width", "flip", "image height << 16 | image width")
 ID_BYTES = 16
-
-
-class CropBatch(Protocol):
-    """What the join needs of a batch; `MultiCropBatch` and `TeacherCropBatch` have it."""
-
-    @property
-    def rows(self) -> npt.NDArray[np.int64]:
-        """Row numbers in the shard index, int64 [b]."""
-
-    @property
-    def uids(self) -> npt.NDArray[np.uint64]:
-        """Sample ids, uint64 [b]."""
-
-    @property
-    def image_crcs(self) -> npt.NDArray[np.uint32]:
-        """crc32c of each encoded JPEG, uint32 [b]."""
-
-    @property
-    def view_set(self) -> int:
-        """View set that fixes the global crops."""
-
-    @property
-    def global_crops_spec(self) -> npt.NDArray[np.int32]:
-        """Boxes, flips and image sizes of the global crops, int32 [b, g, 6]."""
 
 
 def pack_ids(uids: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint8]:
@@ -88,7 +64,7 @@ class RowTable:
             )
         return RowTable(uids, image_crcs, specs, order, sorted_uids)
 
-    def lookup(self, batch: CropBatch, *, where: str) -> npt.NDArray[np.int64]:
+    def lookup(self, batch: ImageBatch, *, where: str) -> npt.NDArray[np.int64]:
         """Return the cache row of each image of a batch, int64 [b].
 
         Raises:
@@ -128,5 +104,5 @@ class RowTable:
         return rows
 
 
-def _image(batch: CropBatch, i: int) -> str:
+def _image(batch: ImageBatch, i: int) -> str:
     return f"view set {batch.view_set}, row {int(batch.rows[i])} of the shards (id {int(batch.uids[i]):016x})"

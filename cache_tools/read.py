@@ -27,18 +27,19 @@ from cache_tools.format import (
     metadata_faults,
     read_attributes,
 )
-from cache_tools.join import CropBatch, RowTable, unpack_ids
+from cache_tools.join import RowTable, unpack_ids
 from cache_tools.shard_file import ViewSetFiles
 from common.errors import UserError
 from common.hashing import json_sha256
 from distill.teacher import TeacherTargets
+from pipeline.batch import ImageBatch
 
 # Batches whose rows are being read while the caller uses another: a disk needs many reads at once.
 BATCHES_AHEAD = 3
 READING_THREADS = 8
 # Host buffers that may wait for their copies to the device before a fetch waits too.
 BUFFERS = 3
-AnyCropBatch = TypeVar("AnyCropBatch", bound=CropBatch)
+Batch = TypeVar("Batch", bound=ImageBatch)
 Item = TypeVar("Item")
 
 
@@ -159,7 +160,7 @@ class TeacherCache:
         return self._view(view_set)[1]
 
     def fetch(
-        self, batch: CropBatch, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+        self, batch: ImageBatch, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
     ) -> TeacherTargets:
         """Return the teacher's tokens of a batch.
 
@@ -178,18 +179,18 @@ class TeacherCache:
         """
         return self.submit(batch, pinned=torch.device(device).type == "cuda").result(device=device, dtype=dtype)
 
-    def submit(self, batch: CropBatch, *, pinned: bool = False) -> Ticket:
+    def submit(self, batch: ImageBatch, *, pinned: bool = False) -> Ticket:
         """Check a batch's identity and begin to read its rows; `Ticket.result` decodes them."""
         rows = self.table(batch.view_set).lookup(batch, where=str(self.path))
         return self._read(batch.view_set, rows, pinned=pinned)
 
     def join(
         self,
-        batches: Iterable[AnyCropBatch],
+        batches: Iterable[Batch],
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
-    ) -> Iterator[tuple[AnyCropBatch, TeacherTargets]]:
+    ) -> Iterator[tuple[Batch, TeacherTargets]]:
         """Yield each batch with its targets, reading the rows of those that follow meanwhile."""
         pinned = torch.device(device).type == "cuda"
         tickets = ((batch, self.submit(batch, pinned=pinned)) for batch in batches)
@@ -216,7 +217,7 @@ class TeacherCache:
         for ticket in _ahead(self._read(view_set, part, pinned=pinned) for part in parts):
             yield ticket.result(device=device, dtype=dtype)
 
-    def bound(self, batch: CropBatch, *, dtype: torch.dtype = torch.float32) -> TeacherTargets:
+    def bound(self, batch: ImageBatch, *, dtype: torch.dtype = torch.float32) -> TeacherTargets:
         """Return the largest difference that the codec allows between `fetch` and the teacher, in float64.
 
         The teacher's tokens are taken as exact: where it computes in bf16, its own noise between two passes over

@@ -17,12 +17,13 @@ from cache_tools.format import CacheSpec, Paths
 from cache_tools.join import pack_ids
 from cache_tools.shard_file import ShardFileWriter
 from common.errors import UserError
-from pipeline.readers import TeacherCropBatch, in_batches
+from pipeline.batch import CropBatch
+from pipeline.readers import in_batches
 
 Rows = npt.NDArray[np.int64]
 # Reads the clean crops of given batches of rows, for a view set; one batch for each.
-ReadCrops = Callable[[Sequence[Rows], int], Iterable[TeacherCropBatch]]
-Encode = Callable[[TeacherCropBatch], EncodedRows]
+ReadCrops = Callable[[Sequence[Rows], int], Iterable[CropBatch]]
+Encode = Callable[[CropBatch], EncodedRows]
 
 
 class ShardWriter:
@@ -48,7 +49,7 @@ class ShardWriter:
             self.abort()
             raise
 
-    def append(self, batch: TeacherCropBatch, encoded: EncodedRows) -> None:
+    def append(self, batch: CropBatch, encoded: EncodedRows) -> None:
         """Hand over the next rows; at most one batch is waiting, so a slow disk slows the teacher."""
         # Raises what the thread met, and bounds the memory: one batch is being written, one is at hand.
         if self._last is not None:
@@ -147,7 +148,7 @@ class ViewSetBuild:
         starts = [0, *np.cumsum(self.spec.shard_rows).tolist()]
         wanted = [in_batches(np.arange(starts[k], starts[k + 1]), self.batch_size) for k in shards]
 
-        def stream() -> Iterator[TeacherCropBatch]:
+        def stream() -> Iterator[CropBatch]:
             yield from self.read_crops([rows for batches in wanted for rows in batches], self.view_set)
 
         batches = stream()  # decodes nothing before the first shard is ours
@@ -176,7 +177,7 @@ class ViewSetBuild:
             raise
         return rows
 
-    def _write_shard(self, writer: ShardWriter, expected: list[Rows], batches: Iterator[TeacherCropBatch]) -> None:
+    def _write_shard(self, writer: ShardWriter, expected: list[Rows], batches: Iterator[CropBatch]) -> None:
         """Write one shard and start its commit, which takes as long as the disk needs."""
         for rows in expected:
             batch = next(batches)
@@ -185,7 +186,7 @@ class ViewSetBuild:
             self.written(len(rows))
         writer.start_commit()
 
-    def _encode(self, batch: TeacherCropBatch) -> EncodedRows:
+    def _encode(self, batch: CropBatch) -> EncodedRows:
         try:
             encoded = self.encode(batch)
         except NotStorable as error:

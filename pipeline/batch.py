@@ -1,4 +1,4 @@
-"""What the loader hands to the trainer: one frozen dataclass of crops, masks and identities."""
+"""What the loader and single passes hand out: frozen dataclasses of crops, masks and identities."""
 
 from __future__ import annotations
 
@@ -14,17 +14,46 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-@dataclass(frozen=True)
-class MultiCropBatch:
-    """One rank's share of a global batch: `b` images, `g` global and `l` local crops of each.
-
-    Crops are crop-major: the first `b` rows of `global_crops` are the first global crop of every image.
+@dataclass(frozen=True, kw_only=True)
+class ImageBatch:
+    """Which `b` images, and which crops of them.
 
     Attributes:
         rows: row numbers in the shard index, int64 [b].
         uids: 64-bit sample ids (blake2b-8 of the original relative name), uint64 [b].
         image_crcs: crc32c of each encoded JPEG, uint32 [b]; checked against the cache by the join.
+        labels: class labels, -1 where unknown, int64 [b]. Never read by the losses.
         view_set: number of the view set that fixes the global boxes and flips.
+        global_crops_spec: (top, left, height, width, flip, image_height << 16 | image_width) of each global
+            crop, int32 [b, g, 6]; what a cache row must have been made from.
+    """
+
+    rows: npt.NDArray[np.int64]
+    uids: npt.NDArray[np.uint64]
+    image_crcs: npt.NDArray[np.uint32]
+    labels: Int64[Tensor, " b"]
+    view_set: int
+    global_crops_spec: npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CropBatch(ImageBatch):
+    """A single pass' crops: the global ones as a teacher sees them, or one centre crop of each image.
+
+    Attributes:
+        crops: uint8 [g*b, G, G, 3], crop-major.
+    """
+
+    crops: UInt8[Tensor, "gb G G 3"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultiCropBatch(ImageBatch):
+    """One rank's share of a global batch: `b` images, `g` global and `l` local crops of each.
+
+    Crops are crop-major: the first `b` rows of `global_crops` are the first global crop of every image.
+
+    Attributes:
         epoch: epoch that draws photometrics, local crops and masks.
         global_crops: what the student sees, uint8 [g*b, G, G, 3].
         local_crops: uint8 [l*b, L, L, 3].
@@ -33,23 +62,14 @@ class MultiCropBatch:
         masks: iBOT masks over the patch grid of the global crops, bool [g*b, n].
         masked_indices: flat indices of the masked patches into [g*b*n], ascending, int64 [m];
             m is the same for every batch.
-        labels: class labels, -1 where unknown, int64 [b]. Never read by the losses.
-        global_crops_spec: (top, left, height, width, flip, image_height << 16 | image_width) of each global
-            crop, int32 [b, g, 6]; what a cache row must have been made from.
     """
 
-    rows: npt.NDArray[np.int64]
-    uids: npt.NDArray[np.uint64]
-    image_crcs: npt.NDArray[np.uint32]
-    view_set: int
     epoch: int
     global_crops: UInt8[Tensor, "gb G G 3"]
     local_crops: UInt8[Tensor, "lb L L 3"]
     teacher_crops: UInt8[Tensor, "gb G G 3"] | None
     masks: Bool[Tensor, "gb n"]
     masked_indices: Int64[Tensor, " m"]
-    labels: Int64[Tensor, " b"]
-    global_crops_spec: npt.NDArray[np.int32]
 
 
 def normalise(

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from jaxtyping import Int64, UInt8
-from torch import Tensor
 
 from common.errors import UserError
 from pipeline.augmentation import Augmentation
 from pipeline.backend import choose_backend, default_num_threads, resolve_device
+from pipeline.batch import CropBatch
 from pipeline.crops import BackendOptions, BadSampleError, CropRequest, Crops, CropWork, center_work, teacher_work
 from pipeline.feeder import Feeder
 from pipeline.jobs import FailurePolicy, Job, Readahead, Ready, receive, run, to_device
@@ -24,48 +21,10 @@ from pipeline.order import DEFAULT_BLOCK, DEFAULT_WINDOW
 from pipeline.plan import CropPlan, center_crop_plan, crop_plan, global_crops_spec
 from shards.folder import ShardFolder
 
-B = TypeVar("B")
-
 _PREFETCH = 2
 _READAHEAD_ROWS = DEFAULT_BLOCK * DEFAULT_WINDOW
 
 _MakePlan = Callable[[npt.NDArray[np.int64], npt.NDArray[np.int64]], CropPlan]
-
-
-@dataclass(frozen=True)
-class TeacherCropBatch:
-    """The global crops of `b` images as the teacher sees them, for one view set.
-
-    Attributes:
-        rows: rows of the shard index, int64 [b].
-        uids: sample ids, uint64 [b].
-        image_crcs: crc32c of the encoded images, uint32 [b].
-        view_set: the view set.
-        crops: uint8 [g*b, G, G, 3], crop-major.
-        global_crops_spec: int32 [b, g, 6], see `pipeline.plan.global_crops_spec`.
-    """
-
-    rows: npt.NDArray[np.int64]
-    uids: npt.NDArray[np.uint64]
-    image_crcs: npt.NDArray[np.uint32]
-    view_set: int
-    crops: UInt8[Tensor, "gb G G 3"]
-    global_crops_spec: npt.NDArray[np.int32]
-
-
-@dataclass(frozen=True)
-class CenterCropBatch:
-    """One centre crop of each of `b` images.
-
-    Attributes:
-        rows: rows of the shard index, int64 [b].
-        crops: uint8 [b, size, size, 3].
-        labels: class labels, -1 where unknown, int64 [b].
-    """
-
-    rows: npt.NDArray[np.int64]
-    crops: UInt8[Tensor, "b size size 3"]
-    labels: Int64[Tensor, " b"]
 
 
 def in_batches(rows: npt.ArrayLike, batch_size: int) -> list[npt.NDArray[np.int64]]:
@@ -87,7 +46,7 @@ def read_teacher_crops(
     device: str | torch.device = "cpu",
     num_threads: int | None = None,
     hw_decoder: bool = False,
-) -> Iterator[TeacherCropBatch]:
+) -> Iterator[CropBatch]:
     """Read given batches of rows in their order; one batch of crops for each.
 
     The crops equal, bit for bit, the `teacher_crops` that `open_loader` gives with the same backend and device
@@ -113,22 +72,9 @@ def read_teacher_crops(
         uids = folder.index.uid[chosen]
         return crop_plan(uids, sizes, view_set=view_set, epoch=0, seed=seed, augmentation=global_only)
 
-    def assemble(job: Job, crops: Crops) -> TeacherCropBatch:
-        made = crops.global_crops if augmentation.teacher_photometric else crops.clean_crops
-        assert made is not None
-        request = job.request
-        return TeacherCropBatch(
-            rows=job.rows,
-            uids=folder.index.uid[job.rows],
-            image_crcs=folder.index.crc32c[job.rows],
-            view_set=view_set,
-            crops=made,
-            global_crops_spec=global_crops_spec(request.plan, request.sizes, augmentation.num_global_crops),
-        )
-
     global_only = augmentation.global_only()
     options = _options(device, num_threads, batches, hw_decoder)
-    return _read(folder, batches, teacher_work(augmentation), options, backend, plan, assemble)
+    return _read(folder, batches, teacher_work(augmentation), options, backend, plan, view_set)
 
 
 def read_center_crops(
@@ -142,7 +88,7 @@ def read_center_crops(
     batch_size: int = 64,
     num_threads: int | None = None,
     hw_decoder: bool = False,
-) -> Iterator[CenterCropBatch]:
+) -> Iterator[CropBatch]:
     """Read the centre crops of rows in their order, the last batch partial.
 
     Args:
@@ -167,12 +113,7 @@ def read_center_crops(
     def plan(_: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64]) -> CropPlan:
         return center_crop_plan(sizes, crop_ratio=crop_ratio)
 
-    def assemble(job: Job, crops: Crops) -> CenterCropBatch:
-        assert crops.clean_crops is not None
-        labels = to_device(folder.index.label[job.rows].astype(np.int64), options.device)
-        return CenterCropBatch(rows=job.rows, crops=crops.clean_crops, labels=labels)
-
-    return _read(folder, batches, center_work(size), options, backend, plan, assemble)
+    return _read(folder, batches, center_work(size), options, backend, plan, view_set=0)
 
 
 def _options(
@@ -193,8 +134,8 @@ def _read(
     options: BackendOptions,
     backend: str,
     plan: _MakePlan,
-    assemble: Callable[[Job, Crops], B],
-) -> Iterator[B]:
+    view_set: int,
+) -> Iterator[CropBatch]:
     chosen = np.concatenate([np.empty(0, np.int64), *batches])
     if len(chosen) and (chosen.min() < 0 or chosen.max() >= len(folder)):
         raise UserError(
@@ -202,11 +143,11 @@ def _read(
             "Choose rows of these shards."
         )
     taken, _ = choose_backend(backend, options.device)
-    make = functools.partial(_batches, folder, batches, work, options, taken, plan, assemble)
+    make = functools.partial(_batches, folder, batches, work, options, taken, plan, view_set)
     return _iterate(make)
 
 
-def _iterate(make: Callable[[], Iterator[Ready[B]]]) -> Iterator[B]:
+def _iterate(make: Callable[[], Iterator[Ready[CropBatch]]]) -> Iterator[CropBatch]:
     feeder = Feeder(make, depth=_PREFETCH, name="crop-reader")
     try:
         while True:
@@ -226,9 +167,9 @@ def _batches(
     options: BackendOptions,
     backend: str,
     plan: _MakePlan,
-    assemble: Callable[[Job, Crops], B],
-) -> Iterator[Ready[B]]:
-    failures = FailurePolicy("raise")
+    view_set: int,
+) -> Iterator[Ready[CropBatch]]:
+    failures, index = FailurePolicy("raise"), folder.index
 
     def jobs() -> Iterator[Job]:
         ahead = Readahead(folder, np.concatenate([np.empty(0, np.int64), *batches]), _READAHEAD_ROWS)
@@ -242,6 +183,19 @@ def _batches(
     def repair(job: Job, error: BadSampleError) -> Job:
         failures.report(folder, {int(job.rows[i]): reason for i, reason in error.reasons.items()})
         raise AssertionError("the policy raises")
+
+    def assemble(job: Job, crops: Crops) -> CropBatch:
+        made = crops.clean_crops if work.clean else crops.global_crops
+        assert made is not None
+        return CropBatch(
+            rows=job.rows,
+            uids=index.uid[job.rows],
+            image_crcs=index.crc32c[job.rows],
+            labels=to_device(index.label[job.rows].astype(np.int64), options.device),
+            view_set=view_set,
+            crops=made,
+            global_crops_spec=global_crops_spec(job.request.plan, job.request.sizes, work.num_global),
+        )
 
     with folder:
         yield from run(backend, work, options, jobs(), repair, assemble)

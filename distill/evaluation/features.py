@@ -19,8 +19,7 @@ from distill.config import TeacherConfig, load_config
 from distill.export import student_detail
 from distill.models import cls_and_patches, create_student, patch_side, token_widths
 from distill.teacher import LOCAL_DIR, load_teacher
-from pipeline.batch import normalise
-from pipeline.readers import CenterCropBatch
+from pipeline.batch import CropBatch, normalise
 
 KINDS = "run, run:FOLDER, teacher, random, timm:NAME, timm:NAME@WEIGHTS or export:FOLDER"
 
@@ -236,7 +235,7 @@ def forward_features(
 
 def extract_features_of(
     models: Mapping[str, FeatureModel],
-    crops: Iterable[CenterCropBatch],
+    crops: Iterable[CropBatch],
     *,
     device: torch.device | str,
     dtype: torch.dtype = torch.float32,
@@ -285,7 +284,7 @@ def extract_features_of(
 
 def extract_features(
     model: nn.Module,
-    crops: Iterable[CenterCropBatch],
+    crops: Iterable[CropBatch],
     *,
     normalise: Normalise,
     device: torch.device | str,

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from common.errors import UserError
 from distill.config import TrainConfig
 from distill.evaluation.features import Normalise, extract_features
-from pipeline.batch import normalise
-from pipeline.readers import CenterCropBatch, read_center_crops
+from pipeline.batch import CropBatch, normalise
+from pipeline.readers import read_center_crops
 from shards.format import load_index, load_manifest
 
 TEMPERATURE = 0.07
@@ -99,8 +99,8 @@ def knn_accuracy(
 
 def knn_top1(
     model: nn.Module,
-    bank: Iterable[CenterCropBatch],
-    queries: Iterable[CenterCropBatch],
+    bank: Iterable[CropBatch],
+    queries: Iterable[CropBatch],
     *,
     normalise: Normalise,
     device: torch.device | str,
@@ -167,7 +167,7 @@ def student_knn(student: nn.Module, config: TrainConfig, device: torch.device) -
     """Return the k-NN top-1 accuracy in percent on `val_data_path`, with at most `knn_max_rows` training rows."""
     assert config.data.val_data_path is not None
 
-    def crops(shards: str, limit: int | None) -> Iterator[CenterCropBatch]:
+    def crops(shards: str, limit: int | None) -> Iterator[CropBatch]:
         rows = load_manifest(shards).num_rows
         return read_center_crops(
             shards,

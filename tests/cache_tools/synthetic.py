@@ -16,7 +16,7 @@ from torch import Tensor
 from cache_tools.build import BuildRequest
 from cache_tools.format import CacheSpec, CodecName
 from distill.teacher import TeacherTargets
-from pipeline.readers import TeacherCropBatch
+from pipeline.batch import CropBatch
 
 CROP_SIZE = 8
 PATCH_SIZE = 4
@@ -30,7 +30,7 @@ def synthetic_uids(rows: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
     return np.array([int.from_bytes(digest, "little") for digest in digests], np.uint64)
 
 
-def synthetic_batch(rows: npt.NDArray[np.int64], view_set: int, *, seed: int = 0) -> TeacherCropBatch:
+def synthetic_batch(rows: npt.NDArray[np.int64], view_set: int, *, seed: int = 0) -> CropBatch:
     """Return two crops of noise an image, a pure function of (row, view set, seed)."""
     crops, specs = [], []
     for row in rows.tolist():
@@ -38,10 +38,11 @@ def synthetic_batch(rows: npt.NDArray[np.int64], view_set: int, *, seed: int = 0
         crops.append(generator.integers(0, 256, (2, CROP_SIZE, CROP_SIZE, 3), np.uint8))
         specs.append(generator.integers(0, 1 << 20, (2, 6), np.int32))
     uids = synthetic_uids(rows)
-    return TeacherCropBatch(
+    return CropBatch(
         rows=rows,
         uids=uids,
         image_crcs=(uids >> np.uint64(32)).astype(np.uint32),
+        labels=torch.zeros(len(rows), dtype=torch.int64),
         view_set=view_set,
         global_crops_spec=np.stack(specs),
         crops=torch.from_numpy(np.stack(crops, 1)).flatten(0, 1),
@@ -54,7 +55,7 @@ class SyntheticReader:
     def __init__(self, *, seed: int = 0):
         self.seed = seed
 
-    def __call__(self, batches: Sequence[npt.NDArray[np.int64]], view_set: int) -> Iterator[TeacherCropBatch]:
+    def __call__(self, batches: Sequence[npt.NDArray[np.int64]], view_set: int) -> Iterator[CropBatch]:
         for rows in batches:
             yield synthetic_batch(rows, view_set, seed=self.seed)
 

@@ -23,7 +23,7 @@ from cache_tools.fingerprint import differences, flatten
 from cache_tools.format import CacheMismatch, CacheSpec
 from cache_tools.read import TeacherCache
 from common.errors import UserError
-from pipeline.readers import TeacherCropBatch
+from pipeline.batch import CropBatch
 from tests.cache_tools.synthetic import SyntheticReader, SyntheticTeacher, synthetic_batch, synthetic_request
 
 BuildSmall = Callable[..., Path]
@@ -36,7 +36,7 @@ def test_the_teacher_sees_batches_that_are_cut_at_shards(shard_rows: list[int], 
     seen: list[list[int]] = []
 
     class Watching(SyntheticReader):
-        def __call__(self, batches: Batches, view_set: int) -> Iterator[TeacherCropBatch]:
+        def __call__(self, batches: Batches, view_set: int) -> Iterator[CropBatch]:
             seen.extend(rows.tolist() for rows in batches)
             return super().__call__(batches, view_set)
 
@@ -67,7 +67,7 @@ def test_crops_are_let_go_of_once_the_teacher_has_seen_them(tmp_path: Path) -> N
     most = 0
 
     class Watched(SyntheticReader):
-        def __call__(self, batches: Batches, view_set: int) -> Iterator[TeacherCropBatch]:
+        def __call__(self, batches: Batches, view_set: int) -> Iterator[CropBatch]:
             nonlocal most
             for batch in super().__call__(batches, view_set):
                 memory = batch.crops.numpy().copy()
@@ -164,7 +164,7 @@ def test_full_disk_at_the_commit_record_commits_nothing(tmp_path: Path, build_sm
 
 def test_reader_that_stops_early_is_our_bug_and_commits_nothing(tmp_path: Path) -> None:
     class Skipping(SyntheticReader):
-        def __call__(self, batches: Batches, view_set: int) -> Iterator[TeacherCropBatch]:
+        def __call__(self, batches: Batches, view_set: int) -> Iterator[CropBatch]:
             return super().__call__([rows[rows != 9] for rows in batches], view_set)
 
     with pytest.raises(AssertionError):

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from common.errors import UserError
 from distill.evaluation.features import (
@@ -115,11 +115,20 @@ def test_feature_sets_are_concatenated_as_in_dinov2() -> None:
     assert [s.name for s in left_out] == ["cls, last 4", "cls+mean, last 4"]
 
 
-def test_an_empty_stream_and_a_model_without_cls_token_are_named() -> None:
+def test_an_empty_stream_is_named() -> None:
     with pytest.raises(UserError, match="0 rows to evaluate"):
         extract_features(small_vit(), [], normalise=normalise, device="cpu")
-    with pytest.raises(UserError, match="plain: the model has no cls token"):
-        extract_features_of({"plain": FeatureModel(nn.Linear(1, 1), normalise)}, batches(), device="cpu")
+
+
+def test_a_model_without_a_class_token_is_measured_by_its_pooled_features() -> None:
+    model = create_vit("resnet10t").eval()
+    features = extract_features(model, batches(), normalise=normalise, device="cpu", layers=4)
+    crops = torch.cat([batch.crops for batch in batches()])
+    with torch.no_grad():
+        expected = model(normalise(crops))
+    assert features.cls.shape == (len(crops), 1, 512)
+    # Batches of other sizes: the same sums in another order.
+    torch.testing.assert_close(features.cls[:, 0], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_rankme_counts_equal_directions_and_ignores_scale() -> None:

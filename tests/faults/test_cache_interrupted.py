@@ -19,7 +19,7 @@ from cache_tools.read import TeacherCache
 from cache_tools.verify import verify_cache
 from common.errors import UserError
 from distill.teacher import TeacherTargets
-from pipeline.readers import TeacherCropBatch
+from pipeline.batch import CropBatch
 from tests.cache_tools.synthetic import SyntheticReader, SyntheticTeacher, synthetic_batch, synthetic_request
 from tests.faults.forks import FORKS
 
@@ -29,7 +29,7 @@ SHARD_ROWS = (9, 9, 8, 9, 5, 9, 9, 9, 9, 3, 9, 9)
 class SlowReader(SyntheticReader):
     """Leaves time to be killed in."""
 
-    def __call__(self, batches: Sequence[npt.NDArray[np.int64]], view_set: int) -> Iterator[TeacherCropBatch]:
+    def __call__(self, batches: Sequence[npt.NDArray[np.int64]], view_set: int) -> Iterator[CropBatch]:
         for batch in super().__call__(batches, view_set):
             time.sleep(0.002)
             yield batch
@@ -124,7 +124,7 @@ class StoppingReader(SyntheticReader):
         super().__init__()
         self.left = rows
 
-    def __call__(self, batches: Sequence[npt.NDArray[np.int64]], view_set: int) -> Iterator[TeacherCropBatch]:
+    def __call__(self, batches: Sequence[npt.NDArray[np.int64]], view_set: int) -> Iterator[CropBatch]:
         for batch in super().__call__(batches, view_set):
             self.left -= len(batch.rows)
             if self.left < 0:

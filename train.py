@@ -6,6 +6,11 @@ The same command again resumes from the newest intact checkpoint.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from common.interrupt import end_at_interrupt
+
+    end_at_interrupt()
+
 import dataclasses
 import logging
 import math

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from common.interrupt import INTERRUPTED, raise_at_interrupt
+
 
 class UserError(ValueError):
     """Bad input or a damaged file. The message says what is wrong, where, the value seen and what to do.
@@ -28,6 +30,7 @@ def unknown_name(what: str, name: str, known: Iterable[str]) -> UserError:
 def run_command(work: Callable[[], object]) -> int:
     """Do a command's work and return its exit status: an int that it returns, else 0; 2 for bad input, 130 if
     interrupted."""
+    raise_at_interrupt()
     try:
         result = work()
         return result if isinstance(result, int) else 0
@@ -43,5 +46,5 @@ def run_command(work: Callable[[], object]) -> int:
         print(f"error: {error.filename}: {error.strerror}. Check the path and its permissions.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("Interrupted. What is finished is kept; the same command continues from here.", file=sys.stderr)
+        print(INTERRUPTED, file=sys.stderr)
         return 130

@@ -9,7 +9,7 @@ INTERRUPTED = "Interrupted. What is finished is kept; the same command continues
 
 
 def end_at_interrupt() -> None:
-    """Let Ctrl-C end the process with a line and status 130, until `raise_at_interrupt`; to be called before imports."""
+    """Let Ctrl-C end the process with a line and status 130 until `raise_at_interrupt`; call it before imports."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _end)
 

@@ -189,7 +189,8 @@ class MetricsLog:
         if self._bar is not None:
             self._bar.close()
         if self._writer is not None:
-            self._writer.close()
+            with self._remembering_errors(self._path):
+                self._writer.close()
         if self._error is not None:
             raise self._error
 
@@ -211,18 +212,24 @@ class MetricsLog:
         self._write_line(self._text_path, f"{time.strftime(_TIME)} {text}")
 
     def _write_line(self, path: Path, text: str) -> None:
+        with self._remembering_errors(path), path.open("a") as file:
+            file.write(text + "\n")
+
+    @contextlib.contextmanager
+    def _remembering_errors(self, path: Path) -> Iterator[None]:
         try:
-            with explain_disk_errors(path), path.open("a") as file:
-                file.write(text + "\n")
+            with explain_disk_errors(path):
+                yield
         except UserError as error:  # raised by `close`, when all ranks have stopped at the same step
             self._error = self._error or error
 
     def _append(self, line: dict[str, Any]) -> None:
         self._write_line(self._path, json.dumps(line))
         if self._writer is not None:
-            for name, value in line.items():
-                if isinstance(value, (int, float)) and name != "step":
-                    self._writer.add_scalar(name, value, line["step"])
+            with self._remembering_errors(self._path):
+                for name, value in line.items():
+                    if isinstance(value, (int, float)) and name != "step":
+                        self._writer.add_scalar(name, value, line["step"])
 
     def _drop_lines_from(self, first_step: int) -> None:
         if not self._path.exists():

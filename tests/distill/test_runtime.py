@@ -117,11 +117,13 @@ def test_lines_beyond_the_step_that_is_resumed_are_dropped_with_a_torn_last_line
     assert lines(tmp_path) == [{"step": 2, "loss": 1}]
 
 
+@pytest.mark.parametrize("tensorboard", [False, True])
 def test_a_line_that_the_disk_refuses_fails_the_run_at_its_end(
-    small_disk: Callable[[int], Path], capsys: pytest.CaptureFixture[str]
+    small_disk: Callable[[int], Path], capsys: pytest.CaptureFixture[str], tensorboard: bool
 ) -> None:
     run = small_disk(64 << 10)
-    log = MetricsLog(run, RuntimeConfig(log_every=1), ALONE, first_step=0, total_steps=3)
+    config = RuntimeConfig(log_every=1, tensorboard=tensorboard)
+    log = MetricsLog(run, config, ALONE, first_step=0, total_steps=3)
     with pytest.raises(OSError), (run / "metrics.jsonl").open("ab", buffering=0) as file:
         while True:
             file.write(b" " * 512)

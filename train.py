@@ -190,11 +190,11 @@ def train(config: TrainConfig, ranks: Ranks) -> None:
         if first_step < step < total_steps and stopped:
             checkpoint(writer, step, step_module, optimizer, ema, loader_state, log)
     ranks.on_main(writer.wait)
-    by = stop.received or "another rank, or because a line of the log could not be written"
-    log.say(f"{'stopped by ' + by if stopped else 'done'} at step {step}")
+    end = f"stopped by {stop.received}" if stop.received else "stopped"
+    log.say(f"{end if stopped else 'done'} at step {step}")
     log.say(log.summary())
     initial = math.prod(map(schedule.ema_momentum, range(step)))
-    if ema is not None and initial > 0.05:
+    if ema is not None and initial > 0.05 and not stopped:
         run = f"--run {shlex.quote(str(run_dir))} --no_ema"
         log.say(
             f"The EMA still holds {initial:.0%} of the initial weights, since the run is short. Take the trained "

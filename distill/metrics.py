@@ -108,6 +108,8 @@ class MetricsLog:
             torch.cuda.synchronize(self._ranks.device)
         self.phases.read()
         self._since = time.perf_counter()
+        if self._bar is not None:
+            self._bar.unpause()
 
     def add(self, metrics: Tensor, grad_norm: Tensor, *, images: int) -> None:
         """Add one step's metrics, still on the device.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import re
@@ -157,6 +158,25 @@ def test_start_up_is_neither_waiting_nor_a_steps_time(tmp_path: Path, monkeypatc
     found = [(x["step_time"], x["images_per_second"], x["data_wait"], x["student_share"]) for x in lines(tmp_path)]
     assert found == [(4.0, 2.0, 0.25, 0.5)] * 2
     assert log.summary().startswith("2.0 images/s over 32 images; time: data_wait 25.0%, targets 0.0%, student 50.0%")
+
+
+def test_on_a_terminal_the_bar_leaves_start_up_out_and_the_text_log_still_has_the_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr("sys.stderr", terminal)
+    log = MetricsLog(tmp_path, RuntimeConfig(log_every=1), ALONE, first_step=0, total_steps=3)
+    assert log._bar is not None
+    log._bar.start_t -= 1e6
+    log._bar.last_print_t -= 1e6
+    log.begin()
+    assert log._bar.format_dict["elapsed"] < 1e5
+    log.add(metrics_of(2.0), torch.tensor(1.0), images=4)
+    log.flush(1)
+    log.close()
+    assert "  loss 2  " in (tmp_path / "train.log").read_text()
+    assert "step 1/3" not in terminal.getvalue()
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,11 @@ figures.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from common.interrupt import end_at_interrupt
+
+    end_at_interrupt()
+
 import platform
 import sys
 import time

@@ -6,10 +6,17 @@ The same command again resumes from the newest intact checkpoint.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from common.interrupt import end_at_interrupt
+
+    end_at_interrupt()
+
 import dataclasses
 import logging
 import math
+import shlex
 import sys
+import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -27,7 +34,7 @@ from distill.checkpoint import CheckpointWriter, load_newest
 from distill.config import TrainConfig, has_checkpoint, write_or_check_config
 from distill.evaluation.measures import check_validation, student_knn
 from distill.gradients import check_compiled_gradients, term_gradient_norms
-from distill.metrics import MetricsLog
+from distill.metrics import MetricsLog, kept_messages
 from distill.models import create_student, load_initial_weights
 from distill.optim import Schedule, StudentEma, clip_gradients, create_optimizer, due, set_lr, skip_update
 from distill.prototypes import PROTOTYPES, Prototypes, fit_or_share_prototypes, load_prototypes
@@ -35,13 +42,15 @@ from distill.runtime import (
     Ranks,
     StepGuard,
     StopSignal,
+    compiles,
     configure_torch,
     parse_config,
     process_group,
     step_seed,
+    versions,
     wrap_step,
 )
-from distill.step import DistillStep, StepInputs
+from distill.step import DistillStep, StepInputs, StepScalars
 from distill.teacher import FrozenTeacher, TeacherTargets, load_teacher
 from kernels.spd import plan_reduction
 from pipeline.batch import MultiCropBatch
@@ -55,7 +64,7 @@ def train(config: TrainConfig, ranks: Ranks) -> None:
     run_dir = Path(config.runtime.output_dir)
     stop = StopSignal()
     autocast = configure_torch(config.runtime, ranks.device)
-    ranks.on_main(lambda: write_or_check_config(config, run_dir))
+    ranks.on_main(lambda: write_or_check_config(config, run_dir, versions()))
     ranks.on_main(lambda: check_validation(config))
     check_losses(config, ranks)
 
@@ -119,21 +128,28 @@ def train(config: TrainConfig, ranks: Ranks) -> None:
     guard = StepGuard(ranks, run_dir, config.data.data_seed, first_step=first_step)
     writer = CheckpointWriter(run_dir, config.runtime, is_main=ranks.is_main)
     teacher_patches = cache.spec.num_patches if cache else teacher.num_patches()  # type: ignore[union-attr]
+    log.say(", ".join(f"{name} {version}" for name, version in versions().items()))
     log.say(describe_start(config, ranks, first_step, total_steps, teacher_patches, step_module.packed))
+    if compiles(config.runtime, ranks.device):
+        log.say("compiling before the first step, which takes minutes the first time and less once it is cached")
 
     step = first_step
     with loader:
         batches = with_targets(loader, cache, teacher, ranks, log, config.data.global_crops_number)
         while step < total_steps and not guard.should_stop():
             batch, targets, loader_state = next(batches)
+            inputs = StepInputs.of(batch, targets)
+            parts = inputs.micro_batches(config.optim.accumulation_steps)
+            scalars = schedule.scalars(step)
+            if step == first_step:
+                if compiles(config.runtime, ranks.device):
+                    compile_now(model, parts[0], scalars, log)
+                if config.runtime.check_compile:
+                    check_compiled_gradients(step_module, inputs, scalars, autocast=autocast)
+                log.begin()
 
             log.phases.mark("student")
             torch.manual_seed(step_seed(config.runtime.seed, step, ranks.rank))
-            inputs = StepInputs.of(batch, targets)
-            scalars = schedule.scalars(step)
-            if config.runtime.check_compile and step == first_step:
-                check_compiled_gradients(step_module, inputs, scalars, autocast=autocast)
-            parts = inputs.micro_batches(config.optim.accumulation_steps)
             metrics = torch.zeros((), device=ranks.device)
             for i, part in enumerate(parts):
                 last = i == len(parts) - 1
@@ -174,11 +190,31 @@ def train(config: TrainConfig, ranks: Ranks) -> None:
         if first_step < step < total_steps and stopped:
             checkpoint(writer, step, step_module, optimizer, ema, loader_state, log)
     ranks.on_main(writer.wait)
-    ranks.on_main(log.close)
-    log.say(f"{'stopped by ' + (stop.received or 'another rank') if stopped else 'done'} at step {step}")
+    end = f"stopped by {stop.received}" if stop.received else "stopped"
+    log.say(f"{end if stopped else 'done'} at step {step}")
     log.say(log.summary())
+    initial = math.prod(map(schedule.ema_momentum, range(step)))
+    if ema is not None and initial > 0.05 and not stopped:
+        run = f"--run {shlex.quote(str(run_dir))} --no_ema"
+        log.say(
+            f"The EMA still holds {initial:.0%} of the initial weights, since the run is short. Take the trained "
+            f"weights instead: `python probe.py {run}`, `python -m distill.export {run}`."
+        )
     if config.data.on_bad_sample == "skip":
         log.say(loader.failures.summary())
+    ranks.on_main(log.close)
+
+
+def compile_now(model: torch.nn.Module, part: StepInputs, scalars: StepScalars, log: MetricsLog) -> None:
+    """Compile both passes by running them once, before the time of a step counts; nothing of the student changes."""
+    start = time.perf_counter()
+    statistics = [(buffer, buffer.clone()) for name, buffer in model.named_buffers() if "student." in name]
+    model(*part, *scalars)[0].backward()
+    model.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        for buffer, before in statistics:  # a CNN's batch norms have seen a batch more
+            buffer.copy_(before)
+    log.say(f"compiled in {time.perf_counter() - start:.0f} s")
 
 
 def open_cache(config: TrainConfig) -> TeacherCache:
@@ -193,7 +229,7 @@ def open_cache(config: TrainConfig) -> TeacherCache:
 def live_teacher(config: TrainConfig, ranks: Ranks) -> FrozenTeacher:
     """Load the frozen teacher, compiled like the student."""
     teacher = load_teacher(config.teacher, img_size=config.data.global_crops_size, device=ranks.device)
-    if config.runtime.compile:
+    if compiles(config.runtime, ranks.device):
         teacher.compile(config.runtime.compile_backend)
     return teacher
 
@@ -387,7 +423,7 @@ def describe_start(
     side = config.data.global_crops_size // config.student.patch_size
     reduction = plan_reduction((side, side), method=config.losses.spd_reduction)
     source = f"targets from {config.teacher.cache_path}" if config.uses_cache() else "live teacher"
-    mode = f"compiled by {config.runtime.compile_backend}" if config.runtime.compile else "eager"
+    mode = f"compiled by {config.runtime.compile_backend}" if compiles(config.runtime, ranks.device) else "eager"
     begins = f"resumes at step {first_step}" if first_step else "begins"
     plain = "" if packed else ", one pass for each crop size, since this student cannot be packed"
     koleo = grids = ""
@@ -427,7 +463,7 @@ def explain_memory(config: TrainConfig) -> Iterator[None]:
 
 @contextmanager
 def only_run(run_dir: Path, ranks: Ranks) -> Iterator[None]:
-    """Hold the run's folder; UserError on every rank where another run does."""
+    """Hold the run's folder and its train.log; UserError on every rank where another run does."""
     with ExitStack() as stack:
 
         def take() -> None:
@@ -435,6 +471,7 @@ def only_run(run_dir: Path, ranks: Ranks) -> Iterator[None]:
                 raise UserError(
                     f"{run_dir}: another run is at work there. Wait for it to end, or give another --output_dir."
                 )
+            stack.enter_context(kept_messages(run_dir))
 
         ranks.on_main(take)
         yield

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from common.interrupt import end_at_interrupt
+
+    end_at_interrupt()
+
 import json
 import os
 import sys

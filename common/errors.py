@@ -6,8 +6,11 @@ import difflib
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+
+from common.interrupt import INTERRUPTED, raise_at_interrupt
 
 
 class UserError(ValueError):
@@ -28,20 +31,30 @@ def unknown_name(what: str, name: str, known: Iterable[str]) -> UserError:
 def run_command(work: Callable[[], object]) -> int:
     """Do a command's work and return its exit status: an int that it returns, else 0; 2 for bad input, 130 if
     interrupted."""
+    raise_at_interrupt()
     try:
         result = work()
         return result if isinstance(result, int) else 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        if "TORCHELASTIC_ERROR_FILE" in os.environ:  # for `distill.launch`, which repeats it last
-            Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps({"message": f"error: {error}"}))
-        return 2
-    except OSError as error:
-        # An error that names a file is of the user's files; one that does not may be our own fault.
-        if error.filename is None:
-            raise
-        print(f"error: {error.filename}: {error.strerror}. Check the path and its permissions.", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
-        print("Interrupted. What is finished is kept; the same command continues from here.", file=sys.stderr)
+        print(INTERRUPTED, file=sys.stderr)
         return 130
+    except Exception as error:
+        told = _told(error)
+        if "TORCHELASTIC_ERROR_FILE" in os.environ:  # for `distill.launch`, which repeats it last
+            fault = f"error: {type(error).__name__}: {error}. This is a fault of the program: see its traceback above."
+            record = {"message": told or fault, "timestamp": 0 if told else time.time()}
+            Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps(record))
+        if told is None:
+            raise
+        print(told, file=sys.stderr)
+        return 2
+
+
+def _told(error: Exception) -> str | None:
+    """Return the line for an error that the user can act on, None for a fault of our own."""
+    if isinstance(error, UserError):
+        return f"error: {error}"
+    # An OSError that names a file is of the user's files; one that does not may be our own fault.
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"error: {error.filename}: {error.strerror}. Check the path and its permissions."
+    return None

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+
+if sys.argv[0] == "-m":  # `python -m demo` is about to begin, and imports this first
+    from common.interrupt import end_at_interrupt
+
+    end_at_interrupt()
+
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +19,8 @@ from common.atomic import write_atomic
 from common.errors import UserError, unknown_name
 from pipeline.augmentation import Augmentation, CropOptions
 from pipeline.crops import ReadOptions
+
+_log = logging.getLogger(__name__)
 
 # Images that mean and deviation of the teacher's tokens are taken from, where nothing else is.
 STATISTICS_ROWS = 8192
@@ -197,8 +200,8 @@ class RuntimeConfig:
     """auto takes a GPU where there is one."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Autocast of backbone and heads: bf16 on GPUs by default, fp32 on CPUs. The losses are always fp32."""
-    compile: bool = True
-    """torch.compile of the whole step; --no-compile runs eager."""
+    compile: bool | None = None
+    """torch.compile of the whole step; --no_compile runs eager. None: on a GPU, where it pays."""
     compile_backend: str = "inductor"
     """Backend of torch.compile."""
     check_compile: bool = False
@@ -218,7 +221,7 @@ class RuntimeConfig:
     knn_max_rows: int = 100_000
     """Training rows in the k-NN bank during training, at most."""
     tensorboard: bool = False
-    """Also write TensorBoard events (needs the tensorboard package)."""
+    """Also write TensorBoard events to output_dir/tensorboard."""
 
 
 # What is allowed, how it is told, and for which flags. A NaN is in none of these ranges.
@@ -299,14 +302,16 @@ class TrainConfig:
             )
         return source == "cache" or (source == "auto" and path is not None)
 
-    def to_json(self) -> str:
-        """Return the resolved configuration as indented JSON, one flat object per group."""
-        return json.dumps(dataclasses.asdict(self), indent=2)
+    def to_json(self, versions: Mapping[str, str] | None = None) -> str:
+        """Return the resolved configuration as indented JSON, one flat object per group, beside the versions."""
+        return json.dumps(dataclasses.asdict(self) | {"versions": versions or {}}, indent=2)
 
     @staticmethod
     def from_json(text: str) -> TrainConfig:
         """Read what `to_json` wrote. Fields that are absent keep their defaults; unknown ones are an error."""
-        return _from_dict(TrainConfig, json.loads(text), "config.json")
+        values = json.loads(text)
+        values.pop("versions", None)
+        return _from_dict(TrainConfig, values, "config.json")
 
 
 def _from_dict(cls: Any, values: dict[str, Any], where: str) -> Any:
@@ -386,8 +391,10 @@ def read_config(path: Path) -> TrainConfig:
         raise UserError(f"{path}: cannot be read as a config.json ({error}). Give the file of a run.") from error
 
 
-def write_or_check_config(config: TrainConfig, run_dir: Path) -> None:
+def write_or_check_config(config: TrainConfig, run_dir: Path, versions: Mapping[str, str] | None = None) -> None:
     """Write config.json, after checking it against the run that the folder holds, if that has a checkpoint.
+
+    Other versions than the run's so far are said and not refused.
 
     Raises:
         UserError: a setting that decides what is computed differs; the message lists each.
@@ -406,8 +413,12 @@ def write_or_check_config(config: TrainConfig, run_dir: Path) -> None:
                 "Give the same settings to resume it, or another --output_dir to start anew. Learning rate, length, "
                 "accumulation, paths, logging and workers may change."
             )
+        earlier, new = json.loads(path.read_text()).get("versions", {}), versions or {}
+        changed = [f"{name} {old}, now {new.get(name)}" for name, old in earlier.items() if new.get(name) != old]
+        if changed:
+            _log.warning("%s: the run goes on with other versions, so its numbers may differ: %s", path, changed)
     run_dir.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, config.to_json().encode())
+    write_atomic(path, config.to_json(versions).encode())
 
 
 def _flat(config: TrainConfig) -> dict[str, object]:

@@ -5,6 +5,11 @@ python -m distill.export --run RUN [--output FOLDER] [--onnx]
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from common.interrupt import end_at_interrupt
+
+    end_at_interrupt()
+
 import copy
 import json
 import os

@@ -1,9 +1,10 @@
-"""The run's log: metrics.jsonl is the truth, a progress line for the terminal, TensorBoard if asked for."""
+"""The run's log: metrics.jsonl is the truth, train.log what the terminal shows, TensorBoard if asked for."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -22,9 +23,12 @@ from distill.runtime import Ranks
 from distill.step import METRIC_NAMES, METRICS
 
 PHASES = ("data_wait", "targets", "student", "optimizer")
+TEXT_LOG = "train.log"
+_TIME = "%Y-%m-%d %H:%M:%S"
 _STALL_LIMIT = 0.03
+_FASTER_LOADER = "raise --num_threads, use a local disk, or decode with DALI on the GPU."
 _ADVICE = {
-    "data_wait": "The loader is the limit: raise --num_threads, use a local disk, or decode with DALI on the GPU.",
+    "data_wait": f"The loader is the limit: {_FASTER_LOADER}",
     "targets": "The teacher's outputs are the limit: build a cache with `make cache`, or put it on a faster disk.",
     "student": "The student's forward and backward pass is the limit, as it should be.",
     "optimizer": "The optimizer is the limit: raise --batch_size_per_gpu.",
@@ -63,6 +67,7 @@ class MetricsLog:
 
     `metrics.jsonl` holds one object per logged step: the mean of every term since the last one, over all
     ranks. Lines of steps beyond `first_step`, left by a run that was cut off, are dropped at the start.
+    `train.log` gets what is said, with the time, and is never cut.
     """
 
     def __init__(
@@ -71,7 +76,7 @@ class MetricsLog:
         self._ranks = ranks
         self._log_every = config.log_every
         self._total_steps = total_steps
-        self._path = run_dir / "metrics.jsonl"
+        self._path, self._text_path = run_dir / "metrics.jsonl", run_dir / TEXT_LOG
         self._sum = torch.zeros(len(METRICS) + 1, device=ranks.device)
         self._count = 0
         self._images = 0
@@ -85,7 +90,10 @@ class MetricsLog:
         self._bar: tqdm[Any] | None = None
         if ranks.is_main:
             self._drop_lines_from(first_step)
-            self._writer = _tensorboard(run_dir) if config.tensorboard else None
+            if config.tensorboard:
+                from torch.utils.tensorboard import SummaryWriter  # seconds
+
+                self._writer = SummaryWriter(run_dir / "tensorboard")
             if sys.stderr.isatty():
                 self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True)
 
@@ -93,6 +101,15 @@ class MetricsLog:
     def failed(self) -> bool:
         """Whether a line of this rank could not be written."""
         return self._error is not None
+
+    def begin(self) -> None:
+        """Count time from here on: what came before (loading, compiling, the first batch) was start-up."""
+        if self._ranks.device.type == "cuda":
+            torch.cuda.synchronize(self._ranks.device)
+        self.phases.read()
+        self._since = time.perf_counter()
+        if self._bar is not None:
+            self._bar.unpause()
 
     def add(self, metrics: Tensor, grad_norm: Tensor, *, images: int) -> None:
         """Add one step's metrics, still on the device.
@@ -151,28 +168,31 @@ class MetricsLog:
         self._since += time.perf_counter() - start
 
     def say(self, text: str) -> None:
-        """Print a line above the progress bar; main rank only."""
+        """Print a line above the progress bar and keep it in train.log; main rank only."""
         if self._ranks.is_main:
             tqdm.write(text, file=sys.stderr)
+            self._keep(text)
 
     def summary(self) -> str:
-        """Return where the time of this process went and what to change, in two lines."""
+        """Return where the time since `begin` went and what to change, in two lines."""
         if not self._seconds:
             return "no step was taken"
         shares = {name: total / self._seconds for name, total in self._phase_totals.items()}
         listed = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
         speed = f"{self._images_total / self._seconds:.1f} images/s over {self._images_total} images"
         largest = max(shares, key=lambda name: shares[name])
-        if shares["data_wait"] > _STALL_LIMIT:
-            largest = "data_wait"
-        return f"{speed}; time: {listed}\n{_ADVICE[largest]}"
+        advice = _ADVICE[largest]
+        if largest != "data_wait" and shares["data_wait"] > _STALL_LIMIT:
+            advice += f" {shares['data_wait']:.1%} go on waiting for the loader: {_FASTER_LOADER}"
+        return f"{speed}; time: {listed}\n{advice}"
 
     def close(self) -> None:
-        """Close bar and writers; UserError where a line could not be written (disk full, say)."""
+        """Close bar and writers, at the very end; UserError where a line could not be written (disk full, say)."""
         if self._bar is not None:
             self._bar.close()
         if self._writer is not None:
-            self._writer.close()
+            with self._remembering_errors(self._path):
+                self._writer.close()
         if self._error is not None:
             raise self._error
 
@@ -182,23 +202,36 @@ class MetricsLog:
         names = [metric.name for metric in METRICS if metric.shown and line[metric.name]]
         names += [*fields, "images_per_second", "data_wait"]
         shown = "  ".join(f"{name} {line[name]:.4g}" for name in names)
+        eta = (self._total_steps - line["step"]) * line["step_time"]
+        text = f"step {line['step']}/{self._total_steps}  eta {eta:.0f} s  {shown}"
         if self._bar is not None:
             self._bar.set_postfix_str(shown, refresh=False)
+            self._keep(text)
         else:
-            eta = (self._total_steps - line["step"]) * line["step_time"]
-            self.say(f"step {line['step']}/{self._total_steps}  eta {eta:.0f} s  {shown}")
+            self.say(text)
+
+    def _keep(self, text: str) -> None:
+        self._write_line(self._text_path, f"{time.strftime(_TIME)} {text}")
+
+    def _write_line(self, path: Path, text: str) -> None:
+        with self._remembering_errors(path), path.open("a") as file:
+            file.write(text + "\n")
+
+    @contextlib.contextmanager
+    def _remembering_errors(self, path: Path) -> Iterator[None]:
+        try:
+            with explain_disk_errors(path):
+                yield
+        except UserError as error:  # raised by `close`, when all ranks have stopped at the same step
+            self._error = self._error or error
 
     def _append(self, line: dict[str, Any]) -> None:
-        try:
-            with explain_disk_errors(self._path), self._path.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-        except UserError as error:  # raised by `close`, when all ranks have stopped at the same step
-            self._error = error
-            return
+        self._write_line(self._path, json.dumps(line))
         if self._writer is not None:
-            for name, value in line.items():
-                if isinstance(value, (int, float)) and name != "step":
-                    self._writer.add_scalar(name, value, line["step"])
+            with self._remembering_errors(self._path):
+                for name, value in line.items():
+                    if isinstance(value, (int, float)) and name != "step":
+                        self._writer.add_scalar(name, value, line["step"])
 
     def _drop_lines_from(self, first_step: int) -> None:
         if not self._path.exists():
@@ -214,9 +247,29 @@ class MetricsLog:
         write_atomic(self._path, "".join(text + "\n" for text in kept).encode())
 
 
-def _tensorboard(run_dir: Path) -> Any:
+@contextlib.contextmanager
+def kept_messages(run_dir: Path) -> Iterator[None]:
+    """Keep in train.log what other modules log, and the error that ends the block."""
+    handler = _Appending(run_dir / TEXT_LOG)
+    logging.getLogger().addHandler(handler)
     try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise UserError("--tensorboard: the package is not installed. Run `pip install tensorboard`.") from error
-    return SummaryWriter(run_dir / "tensorboard")
+        yield
+    except BaseException as error:
+        told = isinstance(error, (UserError, KeyboardInterrupt))
+        text = f"error: {error}" if isinstance(error, UserError) else repr(error)
+        handler.handle(logging.makeLogRecord({"msg": text, "exc_info": None if told else sys.exc_info()}))
+        raise
+    finally:
+        logging.getLogger().removeHandler(handler)
+
+
+class _Appending(logging.Handler):
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path = path
+        self.setFormatter(logging.Formatter("%(asctime)s %(message)s", _TIME))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        # A full disk is told by the next line of the log itself, which ends every rank.
+        with contextlib.suppress(OSError), self._path.open("a") as file:
+            file.write(self.format(record) + "\n")

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
+import importlib.metadata
 import json
 import os
 import signal
+import subprocess
 import sys
+import tomllib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -87,7 +91,11 @@ def parse_config(argv: Sequence[str] | None = None) -> TrainConfig:
         flag = word.removeprefix("--").partition("=")[0].replace("-", "_")
         if word.startswith("--") and flag in _OTHER_NAMES:
             raise UserError(f"--{flag}: there is no such flag. Did you mean --{_OTHER_NAMES[flag]}? --help lists all.")
-        if word == "--preset" and i + 1 < len(argv):
+        # Three values and yet a flag of two: --compile, --no_compile.
+        if flag in ("compile", "no_compile") and word.startswith("--") and "=" not in word:
+            if argv[i + 1 : i + 2] not in (["True"], ["False"], ["None"]):
+                argv[i] = f"--compile={flag == 'compile'}"
+        elif word == "--preset" and i + 1 < len(argv):
             name = argv[i + 1]
         elif word.startswith("--preset="):
             name = word.partition("=")[2]
@@ -145,9 +153,28 @@ def configure_torch(config: RuntimeConfig, device: torch.device) -> bool:
     return config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
 
 
+def compiles(config: RuntimeConfig, device: torch.device) -> bool:
+    """Return whether step and live teacher are compiled: as asked, else on a GPU, or to check the compiler."""
+    return (device.type == "cuda" or config.check_compile) if config.compile is None else config.compile
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Return the versions of what a run computes with, and Firn's commit where it lies in a git repository."""
+    root = Path(__file__).parents[1]
+    found = {"firn": tomllib.loads((root / "pyproject.toml").read_text())["project"]["version"]}
+    for name in ("torch", "timm", "nvidia-dali-cuda130"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*", "--abbrev=12"]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        found["commit"] = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    return found
+
+
 def wrap_step(step: nn.Module, config: RuntimeConfig, ranks: Ranks) -> nn.Module:
     """Compile the step as one graph with static shapes, and average its gradients over the ranks."""
-    if config.compile:
+    if compiles(config, ranks.device):
         torch._dynamo.config.error_on_recompile = True
         step.compile(backend=config.compile_backend, fullgraph=True, dynamic=False)
     if ranks.world_size == 1:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import subprocess
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+import timm
+import torch
 
 from common.errors import UserError
 from distill.config import DataConfig, LossConfig, TrainConfig, load_config, preset, write_or_check_config
-from distill.runtime import parse_config, step_seed
+from distill.runtime import compiles, parse_config, step_seed, versions
 from pipeline.augmentation import CropOptions
 from pipeline.augmentation import preset as augmentation_preset
 
@@ -50,7 +55,19 @@ def test_flags_take_underscores_and_hyphens() -> None:
     assert parse_config(["--dino_loss_weight", "2"]).losses.dino_loss_weight == 2.0
     assert parse_config(["--dino-loss-weight", "2"]).losses.dino_loss_weight == 2.0
     assert parse_config(["--global_crops_scale", "0.3", "1"]).data.global_crops_scale == (0.3, 1.0)
-    assert parse_config(["--no_compile"]).runtime.compile is False
+
+
+def test_compiling_is_left_to_the_device_unless_a_flag_asks_for_it_or_not() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    expected = {
+        (): (False, True), ("--check_compile",): (True, True), ("--compile",): (True, True),
+        ("--no_compile",): (False, False), ("--no-compile", "--seed", "1"): (False, False),
+        ("--compile", "False"): (False, False), ("--compile=True",): (True, True),
+        ("--compile", "--lr", "1"): (True, True),
+    }  # fmt: skip
+    for flags, answers in expected.items():
+        config = parse_config(flags).runtime
+        assert (compiles(config, cpu), compiles(config, gpu)) == answers, flags
 
 
 def test_an_unknown_flag_fails_with_the_closest_match(capsys: pytest.CaptureFixture[str]) -> None:
@@ -118,6 +135,39 @@ def test_a_run_resumes_only_with_the_settings_that_decide_what_it_computes(tmp_p
     longer = parse_config(["--lr", "1e-3", "--epochs", "200", "--accumulation_steps", "2"])
     write_or_check_config(longer, tmp_path)
     assert load_config(tmp_path) == longer
+
+
+def test_other_versions_are_said_and_a_file_without_them_is_read(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    found = versions()
+    assert (found["firn"], found["torch"], found["timm"]) == ("0.1.0", metadata.version("torch"), timm.__version__)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "step_000000004.json").write_text("{}")
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(dataclasses.asdict(TrainConfig())))  # as it was before there were versions
+    write_or_check_config(TrainConfig(), tmp_path, found)
+    assert json.loads(path.read_text())["versions"] == found
+    write_or_check_config(TrainConfig(), tmp_path, found)
+    assert not caplog.messages
+    write_or_check_config(TrainConfig(), tmp_path, found | {"torch": "2.0"})
+    assert f"torch {found['torch']}, now 2.0" in caplog.text and "timm" not in caplog.text
+    assert load_config(tmp_path) == TrainConfig()
+
+
+def test_the_commit_is_named_where_there_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = Path(__file__).parents[2]
+    (tmp_path / "distill").mkdir()
+    (tmp_path / "pyproject.toml").write_bytes((root / "pyproject.toml").read_bytes())
+    monkeypatch.setattr("distill.runtime.__file__", str(tmp_path / "distill" / "runtime.py"))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert "commit" not in versions.__wrapped__()
+    for words in (["init", "-q"], ["add", "."], "-c user.name=a -c user.email=b commit -qm first".split()):
+        subprocess.run(["git", "-C", tmp_path, *words], check=True)
+    head = subprocess.run(["git", "-C", tmp_path, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+    assert versions.__wrapped__()["commit"] == head.stdout[:12]
+    (tmp_path / "pyproject.toml").write_text((root / "pyproject.toml").read_text() + "\n")
+    assert versions.__wrapped__()["commit"] == f"{head.stdout[:12]}-dirty"
 
 
 def test_the_crop_plan_takes_its_sizes_from_the_run() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -167,6 +168,41 @@ def test_validation_data_is_looked_at_before_the_training(
     command = [sys.executable, "-m", "shards", "pack", "--source", fewer, "--output", tmp_path / "again"]
     subprocess.run([*command, "--classes", advised], cwd=ROOT, check=True, capture_output=True)
     run("--val_data_path", tmp_path / "again")
+
+
+def test_the_trained_weights_where_the_average_still_holds_the_initial_ones(
+    workplace: Workplace, run: Callable[..., str], tmp_path: Path
+) -> None:
+    assert "of the initial weights" not in run("--ema_momentum", 0.001)
+    (tmp_path / "run").rename(tmp_path / "another")
+    # The momenta of three steps: 0.9, 0.95 and 1, by a cosine.
+    printed = run("--ema_momentum", 0.9, "--val_data_path", workplace.val_shards)
+    advised = re.findall(r"`python (.*?)`", printed.partition("The EMA still holds 86% of the initial weights")[2])
+    assert len(advised) == 2
+    fewer = "--models run --pca_images 0 --layers 1 --knn_k 10 --max_train_rows 64 --max_val_rows 64".split()
+    for words, more in zip(advised, (fewer, []), strict=True):
+        subprocess.run([sys.executable, *shlex.split(words), *more], cwd=ROOT, check=True, capture_output=True)
+    assert json.loads((tmp_path / "run" / "probe" / "probe.json").read_text())["models"][0]["name"] == "student"
+    trained = load_newest(tmp_path / "run")[1]["model"]  # type: ignore[index]
+    for key, value in load_file(tmp_path / "run" / "export" / "model.safetensors").items():
+        assert torch.equal(trained[f"student.{key}"], value), key
+
+
+def test_a_run_goes_on_with_other_versions_and_one_text_log_tells_of_all_attempts(
+    run: Callable[..., str], tmp_path: Path
+) -> None:
+    run()
+    path = tmp_path / "run" / "config.json"
+    config = json.loads(path.read_text())
+    first = config["versions"]["torch"]
+    path.write_text(json.dumps(config | {"versions": config["versions"] | {"torch": "2.0"}}))
+    assert f"torch {first}, timm" in run("--max_steps", 5)
+    run("--max_steps", 4, fails=True)
+    told = [line[20:] for line in (tmp_path / "run" / "train.log").read_text().splitlines()]
+    assert sum(line.startswith("firn ") for line in told) == 2 and "done at step 3" in told and "done at step 5" in told
+    assert [line.split()[1] for line in told if line.startswith("step ")] == ["1/3", "2/3", "3/3", "4/5", "5/5"]
+    assert any(f"other versions, so its numbers may differ: ['torch 2.0, now {first}']" in line for line in told)
+    assert told[-1].startswith("error: --max_steps 4: 4 steps of")
 
 
 def test_a_second_run_in_one_folder_is_refused(run: Callable[..., str], tmp_path: Path) -> None:

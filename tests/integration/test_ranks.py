@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import pytest
 
 from distill.checkpoint import list_checkpoints
 
-from .conftest import Workplace, read_lines
+from .conftest import ROOT, Workplace, read_lines
 
 Run = Callable[[list[str]], list[dict[str, Any]]]
 Torchrun = Callable[..., subprocess.CompletedProcess[str]]
@@ -78,3 +80,47 @@ def test_a_full_disk_at_a_checkpoint_ends_every_rank_with_the_message(
     assert "the disk is full" in errors[0] or "allows no file of that size" in errors[0]
     # A limit on the size of files, the stand-in for a small disk, lets not even the first one pass.
     assert [saved.step for saved in list_checkpoints(run)] == ([1] if run.parent.is_mount() else [])
+
+
+FAULTY = """
+import atexit, os, signal, sys, time
+import torch
+import torch.distributed as dist
+from common.errors import UserError, run_command
+
+def work():
+    fault, rank = sys.argv[1], int(sys.argv[2])
+    dist.init_process_group("gloo")
+    dist.barrier()
+    if dist.get_rank() == rank:
+        if fault == "SIGKILL":
+            os.kill(os.getpid(), signal.SIGKILL)
+        atexit.register(time.sleep, 3600)  # the other rank, whose connection breaks, is the first to end
+        dist.destroy_process_group()
+        raise {"user": UserError("a.tar: cut short."), "os": OSError(5, "failed", "b.tar"), "own": KeyError("c")}[fault]
+    dist.all_reduce(torch.zeros(1))
+
+sys.exit(run_command(work))
+"""
+
+
+@pytest.mark.parametrize(
+    ("fault", "rank", "last"),
+    [
+        ("user", 0, "error: a.tar: cut short."),
+        ("os", 1, "error: b.tar: failed. Check the path and its permissions."),
+        ("own", 1, "error: KeyError: 'c'. This is a fault of the program: see its traceback above."),
+        ("SIGKILL", 1, "error: rank 1 was ended by SIGKILL, as the system does when memory runs out. "),
+    ],
+)
+def test_the_last_line_is_of_the_rank_that_failed_and_not_of_those_that_it_took_along(
+    tmp_path: Path, fault: str, rank: int, last: str
+) -> None:
+    (tmp_path / "faulty.py").write_text(FAULTY)
+    launch = [sys.executable, "-m", "distill.launch", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launch, tmp_path / "faulty.py", fault, str(rank)], cwd=ROOT, capture_output=True, text=True, check=False,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert done.stderr.splitlines()[-1].startswith(last), done.stderr

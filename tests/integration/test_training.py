@@ -24,7 +24,7 @@ from distill.models import create_student, create_vit
 from distill.prototypes import load_prototypes
 from distill.runtime import Ranks, parse_config
 from distill.step import METRIC_NAMES, TERMS, DistillStep, StepInputs, StepScalars
-from pipeline.loader import open_loader
+from pipeline.loader import MultiCropLoader, open_loader
 
 from .conftest import CROPS, ROOT, Workplace, read_lines
 
@@ -176,9 +176,12 @@ def test_a_run_killed_with_sigkill_and_one_ended_by_sigterm_end_as_the_unbroken_
     assert_same_state(tmp_path / "whole", tmp_path / "broken")
 
 
-def test_the_compiled_run_follows_the_eager_run(workplace: Workplace, run_here: Run, tmp_path: Path) -> None:
+def test_the_compiled_run_follows_the_eager_run(
+    workplace: Workplace, run_here: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     eager = run_here(workplace.flags(tmp_path / "eager", "--cache_path", workplace.cache, "--max_steps", 3))
     torch._dynamo.reset()
+    assert "compiling before" not in capsys.readouterr().err
     compiled = run_here(
         workplace.flags(
             tmp_path / "compiled", "--cache_path", workplace.cache, "--max_steps", 3, "--compile",
@@ -186,6 +189,32 @@ def test_the_compiled_run_follows_the_eager_run(workplace: Workplace, run_here: 
         )
     )  # fmt: skip
     assert curve(compiled) == pytest.approx(curve(eager), rel=FLOAT_NOISE)
+    said = [line.split()[0] for line in capsys.readouterr().err.splitlines()]
+    assert said.index("compiling") + 1 == said.index("compiled") == said.index("step") - 1
+
+
+def test_the_first_batch_and_the_compiler_are_start_up(
+    workplace: Workplace, run_here: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The clock leaps by eleven days, once while the loader starts and once while the compiler works.
+    leap, real, read = 1e6, time.perf_counter, MultiCropLoader.__next__
+    leaps: list[str] = []
+    monkeypatch.setattr(time, "perf_counter", lambda: real() + leap * len(leaps))
+
+    def starting(self: MultiCropLoader) -> Any:
+        batch = read(self)
+        leaps.extend([] if leaps else ["loader"])
+        return batch
+
+    def compile_now(*_: object) -> None:
+        leaps.append("compiler")
+
+    monkeypatch.setattr(MultiCropLoader, "__next__", starting)
+    monkeypatch.setattr(train, "compiles", lambda *_: True)
+    monkeypatch.setattr(train, "compile_now", compile_now)
+    lines = run_here(workplace.flags(tmp_path / "run", "--cache_path", workplace.cache, "--max_steps", 2))
+    assert leaps == ["loader", "compiler"]
+    assert max(curve(lines, "step_time")) < leap / 2
 
 
 def test_accumulated_micro_batches_give_the_gradient_of_the_whole_batch(

@@ -16,7 +16,7 @@ from torch import Tensor
 from common.errors import UserError
 from distill.config import TeacherConfig
 from distill.models import create_vit
-from distill.weights import load_weights, tensors_sha256
+from distill.weights import load_weights, stated_origin, tensors_sha256
 from pipeline.batch import normalise
 
 LOCAL_DIR = "local-dir:"
@@ -27,7 +27,7 @@ class FrozenTeacher:
 
     Attributes:
         model: the timm ViT, eval mode, no gradient.
-        arch: its name.
+        arch: its name in timm, with the tag of released weights.
         embed_dim: width of its tokens.
         dtype: compute dtype, bf16 on CUDA and fp32 on the CPU unless given.
         img_size: side of the crops in pixels.
@@ -42,10 +42,8 @@ class FrozenTeacher:
         img_size: int,
         dtype: torch.dtype,
         device: torch.device,
-        round_rope_periods: bool = False,
     ):
-        self.model: Any = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
-        _restore_rope_table(self.model, round_rope_periods)
+        self.model: Any = _cast(model, device, dtype).eval().requires_grad_(False)
         self.arch = arch
         self.img_size = img_size
         self.input_size = _input_size(self.model, img_size)
@@ -97,7 +95,7 @@ class FrozenTeacher:
         """Return what decides this teacher's outputs on given crops; a cache with another one is refused."""
         rope: Any = getattr(self.model, "rope", None)
         return {
-            "architecture": self.arch.removeprefix(LOCAL_DIR).rstrip("/").rsplit("/", 1)[-1],
+            "architecture": self.arch,
             "state_dict_sha256": tensors_sha256(self.model.state_dict()),
             "feature_point": "final-norm cls token and patch tokens",
             "dtype": str(self.dtype).removeprefix("torch."),
@@ -120,7 +118,7 @@ def load_teacher(
         dtype: compute dtype; bf16 on CUDA and fp32 on the CPU by default.
 
     Raises:
-        UserError: unknown architecture, unreadable weights, or keys and shapes that do not fit.
+        UserError: unknown architecture, unreadable configuration or weights, or keys and shapes that do not fit.
     """
     arch, weights = config.teacher_arch, config.teacher_pretrained_weights
     try:
@@ -135,17 +133,30 @@ def load_teacher(
             "Give a local file with --teacher_pretrained_weights (Meta's .pth or timm's .safetensors), or an existing "
             "local-dir:FOLDER."
         ) from error
-    if weights is not None:
-        load_weights(model, weights)
-    for key, value in model.state_dict().items():
+    except UserError:
+        raise
+    except (KeyError, ValueError) as error:
+        raise UserError(
+            f"--teacher_arch {arch}: timm finds no model there ({error!r}). A folder or hub name must have timm's "
+            "config.json; for Hugging Face's, give timm's name of the architecture here and the folder as "
+            "--teacher_pretrained_weights."
+        ) from error
+    periods = None if weights is None else load_weights(model, weights)
+    origin = (stated_origin(weights) if weights else {}) or model.pretrained_cfg
+    if _is_dinov3_rope(getattr(model, "rope", None)):
+        # Meta released DINOv3 with periods rounded to bf16. Its files hold them; other containers of released weights
+        # have timm's tag of the release, which a model that Firn trained has not.
+        if periods is None and origin.get("tag"):
+            periods = model.rope.periods.bfloat16()
+        model.rope.periods.copy_(model.rope.periods if periods is None else periods)
+    for key, value in [*model.state_dict().items(), *model.named_buffers()]:
         if not bool(torch.isfinite(value).all()):
             raise UserError(
                 f"{weights or arch}: {key} holds NaN or Inf. The file is damaged: copy or download it again."
             )
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-    # Meta released DINOv3 with RoPE periods rounded to bf16; a local folder holds a model trained otherwise.
-    rounded = not arch.startswith(LOCAL_DIR)
-    return FrozenTeacher(model, arch=arch, img_size=img_size, dtype=dtype, device=device, round_rope_periods=rounded)
+    name = ".".join(filter(None, (model.pretrained_cfg["architecture"], origin.get("tag"))))
+    return FrozenTeacher(model, arch=name, img_size=img_size, dtype=dtype, device=device)
 
 
 def _create(arch: str, img_size: int, *, pretrained: bool) -> Any:
@@ -157,17 +168,20 @@ def _input_size(model: Any, img_size: int) -> int:
     return max(round(img_size / patch), 1) * patch
 
 
-def _restore_rope_table(model: Any, round_periods: bool) -> None:
-    """Recompute RoPE's table in fp32, which a cast of the model to bf16 would have rounded.
+def _cast(model: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """Move a model to a device and dtype with RoPE's own periods and its table in fp32, which a cast would round.
 
-    With periods rounded to bf16, as in Meta's release, timm's DINOv3 equals Meta's code to the bit.
+    With the periods of Meta's release, timm's DINOv3 equals Meta's code to the bit.
     """
     rope: Any = getattr(model, "rope", None)
-    if _is_dinov3_rope(rope) and rope.feat_shape is not None:
-        periods = rope._compute_periods(device=rope.periods.device)
-        rope.periods.copy_(periods.bfloat16().float() if round_periods else periods)
-        table = rope._create_embed(rope.feat_shape, no_aug=True)
-        rope.register_buffer("pos_embed_cached", table, persistent=False)
+    periods = rope.periods.to(device, copy=True) if _is_dinov3_rope(rope) else None
+    model = model.to(device=device, dtype=dtype)
+    if periods is not None:
+        rope.register_buffer("periods", periods, persistent=False)
+        if rope.feat_shape is not None:
+            table = rope._create_embed(rope.feat_shape, no_aug=True)
+            rope.register_buffer("pos_embed_cached", table, persistent=False)
+    return model
 
 
 def _is_dinov3_rope(rope: Any) -> bool:

@@ -16,24 +16,27 @@ import os
 import shutil
 import sys
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 import tyro
-from jaxtyping import Float
-from safetensors.torch import save_file
+from huggingface_hub import try_to_load_from_cache
+from safetensors.torch import save
+from timm.models import parse_model_name
 from timm.models._hub import save_config_for_hf
-from torch import Tensor, nn
+from torch import nn
 
 from common.atomic import explain_disk_errors, sync_folder
 from common.errors import UserError, run_command
 from common.hashing import file_sha256
 from distill.checkpoint import load_student
-from distill.config import TrainConfig
-from distill.teacher import LOCAL_DIR
+from distill.config import DEFAULT_TEACHER, TeacherConfig, TrainConfig
+from distill.models import FAMILY
+from distill.onnx import require_onnx, write_onnx
+from distill.prototypes import PROTOTYPES, load_prototypes
+from distill.weights import stated_origin
 from pipeline.batch import IMAGENET_MEAN, IMAGENET_STD
 
 WEIGHTS, CONFIG, HUBCONF, CARD, SUMS = "model.safetensors", "config.json", "hubconf.py", "README.md", "SHA256SUMS"
@@ -51,7 +54,7 @@ dependencies = ["torch", "timm"]
 
 
 def student(pretrained=True, **kwargs):
-    """The distilled ViT; model.forward_features(images) gives [b, num_prefix_tokens + n, d] tokens."""
+    """The distilled model; README.md says what its forward_features gives."""
     return timm.create_model(f"local-dir:{Path(__file__).resolve().parent}", pretrained=pretrained, **kwargs)
 '''
 
@@ -69,7 +72,7 @@ class ExportArgs:
     onnx: bool = False
     """Also write model.onnx (needs the onnx and onnxscript packages)."""
     licence: str | None = None
-    """Licence to state in the model card, where the teacher's is not known to timm."""
+    """Licence to state in the model card, where that of the teacher's weights is not known or not the one found."""
 
 
 def export_run(args: ExportArgs) -> Path:
@@ -83,19 +86,30 @@ def export_run(args: ExportArgs) -> Path:
     run_dir = Path(args.run)
     model, meta = load_student(run_dir, use_ema=args.ema)
     config: TrainConfig = meta["config"]
+    teacher = _teacher(run_dir, config.teacher)
+    weights = teacher.teacher_pretrained_weights
     output = Path(args.output) if args.output else run_dir / "export"
     probe_json = run_dir / "probe" / "probe.json"
     card = Card(
         name=output.resolve().parent.name if output.name == "export" else output.name,
         student_arch=config.student.arch,
-        teacher_arch=config.teacher.teacher_arch,
-        licence=args.licence or teacher_licence(config.teacher.teacher_arch),
+        teacher_arch=teacher.teacher_arch,
+        licence=args.licence or teacher_licence(teacher.teacher_arch, weights),
+        own_weights=Path(weights).name if weights and not args.licence else None,
         step=meta["step"],
         ema=meta["ema"],
         img_size=config.data.global_crops_size,
         probe=json.loads(probe_json.read_text()) if probe_json.is_file() else None,
     )
     return export_model(model, output, card=card, onnx=args.onnx)
+
+
+def _teacher(run_dir: Path, stated: TeacherConfig) -> TeacherConfig:
+    """The teacher that a run states; from a cache, whose teacher no flag need name, the one that the cache states."""
+    if stated.cache_path is None or stated.teacher_arch != DEFAULT_TEACHER or not (run_dir / PROTOTYPES).is_file():
+        return stated
+    name = load_prototypes(run_dir / PROTOTYPES).fingerprint["teacher"]["architecture"]
+    return stated if name == DEFAULT_TEACHER else TeacherConfig(teacher_arch=name)
 
 
 def export_model(
@@ -135,10 +149,11 @@ def export_model(
         with explain_disk_errors(output):
             building.mkdir(parents=True)
             state = {name: value.detach().contiguous() for name, value in model.state_dict().items()}
-            save_file(state, building / WEIGHTS, metadata={"format": "pt"})
+            # safetensors' own writer gives files to their owner alone, and tells no disk error as one.
+            (building / WEIGHTS).write_bytes(save(state, metadata={"format": "pt"}))
             (building / CONFIG).write_text(_config_json(model, building, card, mean, std))
             (building / HUBCONF).write_text(_HUBCONF)
-            (building / CARD).write_text(render_card(card, sum(value.numel() for value in state.values())))
+            (building / CARD).write_text(render_card(card, model))
             if onnx:
                 write_onnx(model, building / ONNX, img_size=card.img_size)
             verify_export(building, model, img_size=card.img_size)
@@ -175,45 +190,6 @@ def verify_export(folder: Path, model: nn.Module, *, img_size: int) -> None:
         )
 
 
-def require_onnx() -> None:
-    """UserError naming what to install where ONNX export is not possible."""
-    missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
-    if missing:
-        raise UserError(
-            f"--onnx: the packages {' and '.join(missing)} are not installed, which torch.onnx needs. "
-            f"Run `pip install {' '.join(missing)}`, or export without --onnx."
-        )
-
-
-class _Tokens(nn.Module):
-    """cls token and patch tokens as two outputs, so that an ONNX user need not know the prefix length."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Float[Tensor, "b 3 h w"]) -> tuple[Tensor, Tensor]:
-        tokens = self.model.forward_features(images)  # type: ignore[operator]
-        return tokens[:, 0], tokens[:, self.model.num_prefix_tokens :]
-
-
-def write_onnx(model: nn.Module, path: Path, *, img_size: int) -> None:
-    """Write ONNX with the outputs `cls` [b, d] and `patches` [b, n, d]; any batch, one image size."""
-    require_onnx()
-    batch = torch.export.Dim("batch")
-    torch.onnx.export(
-        _Tokens(model).eval(),
-        (torch.zeros(2, 3, img_size, img_size),),
-        path,
-        input_names=["images"],
-        output_names=["cls", "patches"],
-        dynamic_shapes={"images": {0: batch}},
-        dynamo=True,
-        external_data=False,
-        verbose=False,
-    )
-
-
 def _config_json(
     model: nn.Module, folder: Path, card: Card, mean: tuple[float, float, float], std: tuple[float, float, float]
 ) -> str:
@@ -222,7 +198,8 @@ def _config_json(
     save_config_for_hf(model, str(path), data_config=data)
     config: dict[str, Any] = json.loads(path.read_text())
     for name in TRAINING_ARGS:
-        config.get("model_args", {}).pop(name, None)
+        config["model_args"].pop(name, None)
+    del config["model_args"]["num_classes"]  # stated above them, and transformers gives its own
     # timm copies what it knows of the released weights of this architecture; these are others.
     for name in ("tag", "origin_url", "paper_ids", "paper_name", "notes"):
         config["pretrained_cfg"].pop(name, None)
@@ -268,7 +245,8 @@ _NOTES = {
     ),
     UNKNOWN_LICENCE: (
         "The licence of the teacher's weights is not known to this export. The licence of a teacher may "
-        "cover models distilled from it: look it up before you share these weights, and state it here."
+        "cover models distilled from it: look it up before you share these weights, and state it here. "
+        "If they are Meta's DINOv3, or derived from it, it is the DINOv3 License."
     ),
 }
 
@@ -286,6 +264,7 @@ class Card:
         ema: whether the weights are the EMA.
         img_size: side of the global crops in training, in pixels.
         probe: content of probe.json, None where the run was not probed.
+        own_weights: name of the user's file that the teacher's weights were read from and the licence concluded for.
     """
 
     name: str
@@ -296,6 +275,7 @@ class Card:
     ema: bool
     img_size: int
     probe: dict[str, Any] | None = None
+    own_weights: str | None = None
 
 
 def student_detail(step: int, ema: bool) -> str:
@@ -303,22 +283,64 @@ def student_detail(step: int, ema: bool) -> str:
     return f"step {step}{', EMA' if ema else ''}"
 
 
-def teacher_licence(teacher_arch: str) -> str:
-    """Licence of the teacher's weights as timm or the teacher's own folder states it, else "unknown"."""
-    if teacher_arch.startswith(LOCAL_DIR):
-        path = Path(teacher_arch.removeprefix(LOCAL_DIR)) / "config.json"
-        config = json.loads(path.read_text()) if path.is_file() else {}
-        return config.get("pretrained_cfg", {}).get("license") or UNKNOWN_LICENCE
-    stated = timm.get_pretrained_cfg(teacher_arch) if timm.is_model(teacher_arch) else None
-    return (stated.license if stated is not None else None) or UNKNOWN_LICENCE
+def teacher_licence(arch: str, weights: str | None = None) -> str:
+    """Licence of a teacher's weights, by where they are from.
+
+    Args:
+        arch: as --teacher_arch.
+        weights: as --teacher_pretrained_weights.
+
+    Returns:
+        What timm says of the release that the config.json with the weights names, or that file itself; else what timm
+        says of the architecture's own weights, or Meta's for a DINOv3 of the hub; else "unknown".
+    """
+    source, name = parse_model_name(arch)
+    place: str | None = name if source == "local-dir" else None
+    if source == "hf-hub":
+        repository, _, revision = name.partition("@")
+        found = try_to_load_from_cache(repository, "config.json", revision=revision or None)
+        place, name = (str(Path(found).parent) if isinstance(found, str) else None), repository.rpartition("/")[2]
+    stated = stated_origin(place) if place else {}
+    if weights is not None:
+        name = stated.get("architecture") or name  # of the folder that gave the architecture alone
+        stated = stated_origin(weights)
+    if stated:
+        released = _timm_licence(f"{stated['architecture']}.{stated['tag']}") if "tag" in stated else None
+        return released or stated.get("license") or UNKNOWN_LICENCE
+    meta = "dinov3-license" if source == "hf-hub" and "dinov3" in name.lower() else None
+    return _timm_licence(name) or meta or UNKNOWN_LICENCE
 
 
-def render_card(card: Card, num_parameters: int) -> str:
+def _timm_licence(name: str) -> str | None:
+    """Licence of the weights that timm has under a name, None where it has or states none."""
+    name = timm.list_models(f"{name}_patch16_dinov3*")[0] if name in FAMILY else name
+    try:
+        config = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    except RuntimeError:  # a tag that timm does not know
+        config = None
+    return config.license if config is not None else None
+
+
+_VIT_USE = """tokens = model.forward_features(images)            # [b, model.num_prefix_tokens + n, d]
+cls, patches = tokens[:, 0], tokens[:, model.num_prefix_tokens:]"""
+_CNN_USE = """features = model.forward_features(images)          # the last map, [b, d, h, w]
+pooled = model.forward_head(features, pre_logits=True)"""
+
+
+def render_card(card: Card, model: nn.Module) -> str:
     """The card as Markdown with the front matter that model hubs read."""
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    use = _VIT_USE if getattr(model, "cls_token", None) is not None else _CNN_USE
     weights = "EMA of the student" if card.ema else "student"
     note = _NOTES.get(
         card.licence, f"The teacher's weights are under {card.licence}. Read it before you share this model."
     )
+    if card.own_weights and card.licence != UNKNOWN_LICENCE:
+        note += (
+            f"\n\nThe teacher's weights were read from `{card.own_weights}`, a file of the user's. This licence is the "
+            "one that the config.json with it states, or else that of the weights which timm has for the architecture. "
+            "If the file holds others, theirs counts: look it up, and export again with --licence."
+        )
     front = ["library_name: timm", "tags: [image-feature-extraction, distillation]"]
     if card.licence in HUB_LICENCES:
         front.insert(0, f"license: {card.licence}")
@@ -330,14 +352,13 @@ def render_card(card: Card, num_parameters: int) -> str:
 
 # {card.name}
 
-A {card.student_arch} ViT ({num_parameters / 1e6:.1f} M parameters) distilled from the frozen teacher
+A {card.student_arch} ({num_parameters / 1e6:.1f} M parameters) distilled from the frozen teacher
 `{card.teacher_arch}`: {weights} at step {card.step}, trained on global crops of {card.img_size} px.
 
 ```python
 import timm
 model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()
-tokens = model.forward_features(images)            # [b, model.num_prefix_tokens + n, d]
-cls, patches = tokens[:, 0], tokens[:, model.num_prefix_tokens:]
+{use}
 ```
 
 `config.json` holds the normalisation and input size; `sha256sum -c SHA256SUMS` checks the files.

@@ -16,7 +16,7 @@ from torch import Tensor
 from common.errors import UserError
 from distill.config import TeacherConfig
 from distill.models import cls_and_patches, create_vit, patch_side, token_widths
-from distill.weights import load_weights, tensors_sha256
+from distill.weights import load_weights, stated_origin, tensors_sha256
 from pipeline.batch import normalise
 
 LOCAL_DIR = "local-dir:"
@@ -27,7 +27,7 @@ class FrozenTeacher:
 
     Attributes:
         model: the timm model, eval mode, no gradient.
-        arch: its name.
+        arch: its name in timm, with the tag of released weights.
         embed_dim: width of its tokens.
         dtype: compute dtype, bf16 on CUDA and fp32 on the CPU unless given.
         img_size: side of the crops in pixels.
@@ -43,13 +43,7 @@ class FrozenTeacher:
         dtype: torch.dtype,
         device: torch.device,
     ):
-        rope = dinov3_rope(model)
-        periods = rope.periods.to(device, copy=True) if rope else None
-        self.model: Any = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
-        if rope:
-            rope.periods = periods  # in fp32 again, which a cast of the model to bf16 has rounded; so is the table
-        if rope and rope.feat_shape is not None:
-            rope.register_buffer("pos_embed_cached", rope._create_embed(rope.feat_shape, no_aug=True), persistent=False)
+        self.model: Any = _cast(model, device, dtype).eval().requires_grad_(False)
         self.arch = arch
         self.img_size = img_size
         self.input_size = _input_size(self.model, img_size)
@@ -99,16 +93,16 @@ class FrozenTeacher:
 
     def fingerprint(self) -> dict[str, Any]:
         """Return what decides this teacher's outputs on given crops; a cache with another one is refused."""
-        rope = dinov3_rope(self.model)
+        rope: Any = getattr(self.model, "rope", None)
         return {
-            "architecture": self.model.pretrained_cfg["architecture"],
+            "architecture": self.arch,
             "state_dict_sha256": tensors_sha256(self.model.state_dict()),
             "feature_point": "final-norm cls token and patch tokens",
             "dtype": str(self.dtype).removeprefix("torch."),
             "img_size": self.img_size,
             "mean": list(self.mean),
             "std": list(self.std),
-            "rope_periods": rope.periods.tolist() if rope else None,
+            "rope_periods": rope.periods.tolist() if _is_dinov3_rope(rope) else None,
         } | ({"input_size": self.input_size} if self.input_size != self.img_size else {})
 
 
@@ -124,7 +118,7 @@ def load_teacher(
         dtype: compute dtype; bf16 on CUDA and fp32 on the CPU by default.
 
     Raises:
-        UserError: unknown architecture, unreadable weights, or keys and shapes that do not fit.
+        UserError: unknown architecture, unreadable configuration or weights, or keys and shapes that do not fit.
     """
     arch, weights = config.teacher_arch, config.teacher_pretrained_weights
     try:
@@ -139,17 +133,30 @@ def load_teacher(
             "Give a local file with --teacher_pretrained_weights (Meta's .pth or timm's .safetensors), or an existing "
             "local-dir:FOLDER."
         ) from error
-    if model.pretrained_cfg.get("tag"):  # released weights; a folder with a model trained otherwise has no tag
-        round_rope_periods(model)
-    if weights is not None:
-        load_weights(model, weights)
-    for key, value in model.state_dict().items():
+    except UserError:
+        raise
+    except (KeyError, ValueError) as error:
+        raise UserError(
+            f"--teacher_arch {arch}: timm finds no model there ({error!r}). A folder or hub name must have timm's "
+            "config.json; for Hugging Face's, give timm's name of the architecture here and the folder as "
+            "--teacher_pretrained_weights."
+        ) from error
+    periods = None if weights is None else load_weights(model, weights)
+    origin = (stated_origin(weights) if weights else {}) or model.pretrained_cfg
+    if _is_dinov3_rope(getattr(model, "rope", None)):
+        # Meta released DINOv3 with periods rounded to bf16. Its files hold them; other containers of released weights
+        # have timm's tag of the release, which a model that Firn trained has not.
+        if periods is None and origin.get("tag"):
+            periods = model.rope.periods.bfloat16()
+        model.rope.periods.copy_(model.rope.periods if periods is None else periods)
+    for key, value in [*model.state_dict().items(), *model.named_buffers()]:
         if not bool(torch.isfinite(value).all()):
             raise UserError(
                 f"{weights or arch}: {key} holds NaN or Inf. The file is damaged: copy or download it again."
             )
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-    return FrozenTeacher(model, arch=arch, img_size=img_size, dtype=dtype, device=device)
+    name = ".".join(filter(None, (model.pretrained_cfg["architecture"], origin.get("tag"))))
+    return FrozenTeacher(model, arch=name, img_size=img_size, dtype=dtype, device=device)
 
 
 def _create(arch: str, img_size: int, *, pretrained: bool) -> Any:
@@ -162,17 +169,24 @@ def _input_size(model: Any, img_size: int) -> int:
     return max(round(img_size / patch), 1) * patch
 
 
-def dinov3_rope(model: Any) -> Any:
-    """Return a model's RoPE where it is DINOv3's, else None."""
-    rope = getattr(model, "rope", None)
-    return rope if isinstance(rope, RotaryEmbeddingDinoV3) else None
+def _cast(model: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """Move a model to a device and dtype with RoPE's own periods and its table in fp32, which a cast would round.
+
+    With the periods of Meta's release, timm's DINOv3 equals Meta's code to the bit.
+    """
+    rope: Any = getattr(model, "rope", None)
+    periods = rope.periods.to(device, copy=True) if _is_dinov3_rope(rope) else None
+    model = model.to(device=device, dtype=dtype)
+    if periods is not None:
+        rope.register_buffer("periods", periods, persistent=False)
+        if rope.feat_shape is not None:
+            table = rope._create_embed(rope.feat_shape, no_aug=True)
+            rope.register_buffer("pos_embed_cached", table, persistent=False)
+    return model
 
 
-def round_rope_periods(model: Any) -> None:
-    """Round RoPE's periods to bf16, as in Meta's release of DINOv3: timm's model then equals Meta's code to the bit."""
-    rope = dinov3_rope(model)
-    if rope:
-        rope.periods = rope.periods.bfloat16().float()
+def _is_dinov3_rope(rope: Any) -> bool:
+    return isinstance(rope, RotaryEmbeddingDinoV3)
 
 
 @dataclass(frozen=True)

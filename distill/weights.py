@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import pickle
 import warnings
@@ -43,14 +44,17 @@ _HUGGINGFACE_TO_META = {
 }
 
 
-def load_weights(model: nn.Module, path: str | Path) -> None:
+def load_weights(model: nn.Module, path: str | Path) -> Tensor | None:
     """Load a local checkpoint into a timm ViT, with every key accounted for.
 
     Args:
         model: a timm ViT; changed in place.
         path: `.safetensors`, `.pth` or `.pt`, or a folder with model.safetensors, in the layout of timm, of Meta's
             DINOv3 or DINOv2, or of Hugging Face's DINOv3ViTModel. Absolute positions are resampled to the model's
-            grid by timm; RoPE's periods are those of the file, where it holds them.
+            grid by timm.
+
+    Returns:
+        RoPE's periods where the file holds them, as Meta's does; the model keeps its own.
 
     Raises:
         UserError: the file is missing, not a plain state dict, or its keys or shapes differ from the
@@ -58,7 +62,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     """
     path = Path(path)
     state = read_state_dict(path)
-    periods = state.get("rope_embed.periods")  # Meta's file says them; a timm or Hugging Face file does not
+    periods = state.get("rope_embed.periods")
     if "embeddings.register_tokens" in state:
         state = huggingface_to_meta(state)
     if "storage_tokens" in state:
@@ -66,14 +70,32 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     elif isinstance(model, VisionTransformer):
         state = checkpoint_filter_fn(state, model)  # Meta's DINOv2 keys, and a position table of another image size
     load_state(model, state, where=str(path))
-    if periods is not None:
-        rope: Any = getattr(model, "rope", None)
-        if rope is None or rope.periods.shape != periods.shape:
-            raise UserError(
-                f"{path}: rope_embed.periods has shape {tuple(periods.shape)}, and the model no place for it. Give the "
-                "architecture that the weights were made for."
-            )
-        rope.periods = periods.float()
+    own: Tensor = getattr(getattr(model, "rope", None), "periods", torch.empty(0))
+    if periods is not None and periods.shape != own.shape:
+        raise UserError(
+            f"{path}: {periods.numel()} rope_embed.periods, the model has {own.numel()}. The weights are of a ViT with "
+            "another number of heads. Give the architecture that they were made for."
+        )
+    return periods
+
+
+def stated_origin(path: str | Path) -> dict[str, Any]:
+    """Return what timm's config.json with these weights states of them: `architecture`, `tag`, `license` and more.
+
+    Args:
+        path: a folder, or the model.safetensors in it; for any other file nothing is stated.
+
+    Raises:
+        UserError: the config.json is not JSON.
+    """
+    path = Path(path)
+    config = (path.parent if path.name == "model.safetensors" else path) / "config.json"
+    try:
+        stated = json.loads(config.read_text()) if config.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{config}: not JSON ({error}). Restore it from where the weights came from.") from error
+    named = {"architecture": stated.get("architecture")}
+    return named | stated["pretrained_cfg"] if "pretrained_cfg" in stated else {}
 
 
 def load_state(model: nn.Module, state: StateDict, *, where: str) -> None:

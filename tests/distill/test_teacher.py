@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
@@ -14,21 +18,21 @@ from torch.testing import assert_close
 
 from common.errors import UserError
 from distill.config import TeacherConfig
+from distill.export import Card, export_model
 from distill.models import create_vit
-from distill.teacher import FrozenTeacher, TeacherTargets, load_teacher, round_rope_periods
+from distill.teacher import FrozenTeacher, TeacherTargets, load_teacher
 from pipeline.batch import normalise
-
-from .test_weights import meta_layout
+from tests.distill.test_weights import huggingface_layout, meta_layout
 
 CPU = torch.device("cpu")
 SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2, "img_size": 32, "dynamic_img_size": False, "init_values": 0.5}
 
 
-def small_teacher(dtype: torch.dtype = torch.float32, *, rounded: bool = False) -> FrozenTeacher:
+def small_teacher(dtype: torch.dtype = torch.float32, *, round_rope_periods: bool = False) -> FrozenTeacher:
     torch.manual_seed(0)
     model = create_vit("vit_small", patch_size=8, model_args=SMALL)
-    if rounded:
-        round_rope_periods(model)
+    if round_rope_periods:
+        model.rope.periods.copy_(model.rope.periods.bfloat16())
     return FrozenTeacher(model, arch="small", img_size=32, dtype=dtype, device=CPU)
 
 
@@ -137,13 +141,13 @@ def test_crops_of_another_size_are_refused() -> None:
 
 
 def test_a_bf16_teacher_keeps_its_rope_table_in_fp32_with_rounded_periods() -> None:
-    exact, half = small_teacher(), small_teacher(torch.bfloat16, rounded=True)
+    exact, half = small_teacher(), small_teacher(torch.bfloat16, round_rope_periods=True)
     table = half.model.rope.pos_embed_cached
     assert table.dtype == torch.float32
     periods = exact.model.rope.periods.bfloat16().float()
     assert half.fingerprint()["rope_periods"] == periods.tolist()
     assert exact.fingerprint()["rope_periods"] != periods.tolist()
-    reference = small_teacher(rounded=True)
+    reference = small_teacher(round_rope_periods=True)
     assert torch.equal(table, reference.model.rope.pos_embed_cached)
 
 
@@ -169,6 +173,94 @@ def test_a_local_file_and_a_named_architecture_make_the_teacher(tmp_path: Path) 
     assert_close(teacher(random_crops(2)).patches[0, 1], expected[1, 5:], rtol=1e-5, atol=1e-5)
 
 
+Hub = Callable[[str, Path], str]
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    """A function that puts a folder into an offline cache of the hub under a name, and returns timm's name for it."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+
+    def add(name: str, folder: Path) -> str:
+        repository = tmp_path / "cache" / f"models--{name.replace('/', '--')}"
+        shutil.copytree(folder, repository / "snapshots" / "abc")
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text("abc")
+        return f"hf-hub:{name}"
+
+    return add
+
+
+def test_released_weights_are_one_teacher_in_whatever_container(tmp_path: Path, hub: Hub) -> None:
+    name = "vit_small_patch16_dinov3"
+    torch.manual_seed(0)
+    source: Any = timm.create_model(f"{name}.lvd1689m", num_classes=0, init_values=0.5)
+    torch.save(meta_layout(source), tmp_path / "meta.pth")
+    save_file(source.state_dict(), tmp_path / "timm.safetensors")
+    for folder in ("released", "renamed folder"):
+        save_for_hf(source, tmp_path / folder, safe_serialization=True)
+    (tmp_path / "huggingface").mkdir()
+    (tmp_path / "huggingface/config.json").write_text('{"model_type": "dinov3_vit"}')
+    save_file(huggingface_layout(source), tmp_path / "huggingface/model.safetensors")
+    containers = [
+        (f"{name}.lvd1689m", "meta.pth"), (name, "meta.pth"), ("vit_small", "meta.pth"), (name, "timm.safetensors"),
+        (name, "huggingface"), (name, "huggingface/model.safetensors"), (name, "released"),
+        (f"local-dir:{tmp_path / 'released'}", None), (f"local-dir:{tmp_path / 'renamed folder'}/", None),
+        (hub(f"timm/{name}.lvd1689m", tmp_path / "released"), None),
+        (hub("someone/copy", tmp_path / "released") + "@main", None),
+    ]  # fmt: skip
+    expected = None
+    for arch, file in containers:
+        config = TeacherConfig(teacher_arch=arch, teacher_pretrained_weights=str(tmp_path / file) if file else None)
+        teacher = load_teacher(config, img_size=32, device=CPU)
+        found = (teacher.fingerprint(), teacher(random_crops(2)))
+        expected = expected or found
+        assert found[0] == expected[0], (arch, file)
+        assert torch.equal(found[1].cls, expected[1].cls) and torch.equal(found[1].patches, expected[1].patches)
+    assert expected is not None and expected[0]["architecture"] == f"{name}.lvd1689m"
+    assert expected[0]["rope_periods"] == meta_layout(source)["rope_embed.periods"].tolist()
+
+
+def test_what_firn_trained_is_one_teacher_with_the_periods_it_was_trained_with(tmp_path: Path, hub: Hub) -> None:
+    torch.manual_seed(0)
+    student: Any = create_vit("vit_small", model_args={"init_values": 0.5}).eval()
+    card = Card("s", "vit_small", "vit_large_patch16_dinov3.lvd1689m", "dinov3-license", step=0, ema=False, img_size=32)
+    folder = export_model(student, tmp_path / "export", card=card)
+    student.rope.update_feat_shape((2, 2))
+    tokens = student.forward_features(normalise(random_crops(2)))
+    for arch, file in ((f"local-dir:{folder}", None), (hub("someone/student", folder), None), ("vit_small", folder)):
+        config = TeacherConfig(teacher_arch=arch, teacher_pretrained_weights=str(file) if file else None)
+        teacher = load_teacher(config, img_size=32, device=CPU)
+        assert teacher.fingerprint()["architecture"] == "vit_small_patch16_dinov3"
+        assert teacher.fingerprint()["rope_periods"] == student.rope.periods.tolist()
+        assert_close(teacher(random_crops(2)).patches[0, 1], tokens[1, 5:], rtol=1e-5, atol=1e-5)
+
+
+def test_periods_that_a_file_holds_are_taken_as_they_are_and_checked(tmp_path: Path) -> None:
+    state = meta_layout(create_vit("vit_small"))
+    state["rope_embed.periods"] = state["rope_embed.periods"].float() * 1.25
+    torch.save(state, tmp_path / "own.pth")
+    config = TeacherConfig(teacher_arch="vit_small", teacher_pretrained_weights=str(tmp_path / "own.pth"))
+    found = load_teacher(config, img_size=32, device=CPU, dtype=torch.bfloat16)
+    assert found.fingerprint()["rope_periods"] == state["rope_embed.periods"].tolist()
+    state["rope_embed.periods"][3] = torch.inf
+    torch.save(state, tmp_path / "own.pth")
+    with pytest.raises(UserError, match=r"own.pth: rope.periods holds NaN or Inf"):
+        load_teacher(config, img_size=32, device=CPU)
+
+
+def test_a_name_that_leads_to_no_model_of_timms_says_what_to_give(tmp_path: Path, hub: Hub) -> None:
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf/config.json").write_text('{"model_type": "dinov3_vit"}')
+    named = hub("facebook/dinov3-vits16-pretrain-lvd1689m", tmp_path / "hf")
+    for arch in (f"local-dir:{tmp_path / 'hf'}", named, "facebook/dinov3-vits16-pretrain-lvd1689m"):
+        with pytest.raises(UserError, match=rf"--teacher_arch {re.escape(arch)}: .*folder as --teacher_pretrained_wei"):
+            load_teacher(TeacherConfig(teacher_arch=arch), img_size=32, device=CPU)
+
+
 def test_weights_that_cannot_be_downloaded_name_the_alternative(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     import huggingface_hub.constants as constants
@@ -181,53 +273,3 @@ def test_weights_that_cannot_be_downloaded_name_the_alternative(monkeypatch: pyt
 def test_a_missing_local_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"local-dir:.*absent"):
         load_teacher(TeacherConfig(teacher_arch=f"local-dir:{tmp_path}/absent"), img_size=32, device=CPU)
-
-
-def test_the_same_weights_are_the_same_teacher_whatever_holds_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Meta's file, timm's, Hugging Face's, a folder of any name as timm saves it, and the hub's own cache."""
-    torch.manual_seed(0)
-    arch = "vit_small_patch16_dinov3"
-    source = create_vit(arch).eval()
-    for block in source.blocks:
-        torch.nn.init.normal_(block.gamma_1)  # 1e-5 as created: positions would reach no token
-    state = meta_layout(source)
-    state["rope_embed.periods"] = source.rope.periods.bfloat16().float()  # as in the release
-    torch.save(state, tmp_path / "dinov3_vits16_pretrain_lvd1689m.pth")
-    save_file(source.state_dict(), tmp_path / "timm.safetensors")
-    folder = tmp_path / "a name of one's own"
-    save_for_hf(source, folder, safe_serialization=True)
-    hub = tmp_path / "hub" / "models--timm--vit_small_patch16_dinov3.lvd1689m"
-    (hub / "refs").mkdir(parents=True)
-    (hub / "refs" / "main").write_text("0" * 40)
-    shutil.copytree(folder, hub / "snapshots" / ("0" * 40))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-
-    def teacher(arch: str, weights: Path | None = None) -> FrozenTeacher:
-        config = TeacherConfig(teacher_arch=arch, teacher_pretrained_weights=weights and str(weights))
-        return load_teacher(config, img_size=48, device=CPU)
-
-    first = teacher(arch, tmp_path / "dinov3_vits16_pretrain_lvd1689m.pth")
-    targets = first(random_crops(2, 48))
-    assert first.fingerprint()["rope_periods"] == state["rope_embed.periods"].tolist()
-    for same in (
-        teacher(f"{arch}.lvd1689m", tmp_path / "timm.safetensors"),
-        teacher(f"local-dir:{folder}"),
-        teacher(f"hf-hub:timm/{arch}.lvd1689m"),
-    ):
-        assert same.fingerprint() == first.fingerprint()
-        assert torch.equal(same(random_crops(2, 48)).patches, targets.patches)
-
-
-def test_periods_are_those_of_metas_file(tmp_path: Path) -> None:
-    state = meta_layout(create_vit("vit_small"))
-    state["rope_embed.periods"] = torch.linspace(1, 50, 16)  # not rounded, and not timm's
-    torch.save(state, tmp_path / "w.pth")
-    config = TeacherConfig(teacher_arch="vit_small", teacher_pretrained_weights=str(tmp_path / "w.pth"))
-    assert load_teacher(config, img_size=32, device=CPU).model.rope.periods.equal(torch.linspace(1, 50, 16))
-    state["rope_embed.periods"] = torch.ones(8)
-    torch.save(state, tmp_path / "w.pth")
-    with pytest.raises(UserError, match=r"w.pth: rope_embed.periods has shape \(8,\)"):
-        load_teacher(config, img_size=32, device=CPU)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,12 +14,12 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 from distill.models import create_vit
-from distill.weights import load_weights, meta_to_timm, tensors_sha256
+from distill.weights import load_weights, meta_to_timm, stated_origin, tensors_sha256
 
 SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 
 
-def meta_layout(model: nn.Module, *, qkv_bias: float = 0.0) -> dict[str, Tensor]:
+def meta_layout(model: Any, *, qkv_bias: float = 0.0) -> dict[str, Tensor]:
     """Return a timm DINOv3 state dict under the keys of Meta's release, training-only keys included."""
     state: dict[str, Tensor] = {}
     for key, value in model.state_dict().items():
@@ -34,8 +35,34 @@ def meta_layout(model: nn.Module, *, qkv_bias: float = 0.0) -> dict[str, Tensor]
             state[prefix + "bias_mask"] = torch.cat([torch.ones(width), torch.zeros(width), torch.ones(width)])
     width = state["cls_token"].shape[-1]
     state["mask_token"] = torch.zeros(1, width)
-    state["rope_embed.periods"] = torch.ones(width // 8)
+    state["rope_embed.periods"] = model.rope.periods.bfloat16()
     return state
+
+
+def huggingface_layout(model: Any, *, gated: bool = False) -> dict[str, Tensor]:
+    """Return a timm DINOv3 state dict under the keys that transformers 5.24 saves a DINOv3ViTModel with."""
+    width = model.embed_dim
+    theirs: dict[str, Tensor] = {"embeddings.mask_token": torch.zeros(1, 1, width)}
+    renamed = {
+        "blocks.": "layer.", "attn.proj": "attention.o_proj", "gamma_1": "layer_scale1.lambda1",
+        "gamma_2": "layer_scale2.lambda1", "patch_embed.proj": "embeddings.patch_embeddings",
+        "cls_token": "embeddings.cls_token", "reg_token": "embeddings.register_tokens",
+    }  # fmt: skip
+    renamed |= {"fc1_g": "gate_proj", "fc1_x": "up_proj"} if gated else {"fc1": "up_proj"}
+    renamed |= {"fc2": "down_proj", "attn.q_bias": "attention.q_proj.bias", "attn.v_bias": "attention.v_proj.bias"}
+    for key, value in model.state_dict().items():
+        for ours, name in renamed.items():
+            key = key.replace(ours, name)
+        if "attn.qkv" in key:
+            for letter, part in zip("qkv", value.chunk(3), strict=True):
+                theirs[key.replace("attn.qkv", f"attention.{letter}_proj")] = part.contiguous()
+        elif not key.endswith("k_bias"):
+            theirs[key] = value
+    if gated:  # this one has no biases of queries and values: theirs are zeros
+        theirs |= {
+            f"layer.{i}.attention.{x}_proj.bias": torch.zeros(width) for i in range(len(model.blocks)) for x in "qv"
+        }
+    return theirs
 
 
 @pytest.fixture
@@ -173,28 +200,10 @@ def test_metas_dinov2_keys_load_with_positions_of_another_image_size(tmp_path: P
     ("arch", "gated"), [("vit_small_patch16_dinov3_qkvb", False), ("vit_huge_plus_patch16_dinov3", True)]
 )
 def test_hugging_faces_keys_give_the_same_weights(arch: str, gated: bool, tmp_path: Path) -> None:
-    """Under the keys that transformers 5.24 saves a DINOv3ViTModel with."""
     model = create_vit(arch, model_args=SMALL)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter)
-    theirs: dict[str, Tensor] = {"embeddings.mask_token": torch.zeros(1, 1, 32)}
-    renamed = {
-        "blocks.": "layer.", "attn.proj": "attention.o_proj", "gamma_1": "layer_scale1.lambda1",
-        "gamma_2": "layer_scale2.lambda1", "patch_embed.proj": "embeddings.patch_embeddings",
-        "cls_token": "embeddings.cls_token", "reg_token": "embeddings.register_tokens",
-    }  # fmt: skip
-    renamed |= {"fc1_g": "gate_proj", "fc1_x": "up_proj"} if gated else {"fc1": "up_proj"}
-    renamed |= {"fc2": "down_proj", "attn.q_bias": "attention.q_proj.bias", "attn.v_bias": "attention.v_proj.bias"}
-    for key, value in model.state_dict().items():
-        for ours, name in renamed.items():
-            key = key.replace(ours, name)
-        if "attn.qkv" in key:
-            for letter, part in zip("qkv", value.chunk(3), strict=True):
-                theirs[key.replace("attn.qkv", f"attention.{letter}_proj")] = part.contiguous()
-        elif not key.endswith("k_bias"):
-            theirs[key] = value
-    if gated:  # this one has no biases of queries and values: theirs are zeros
-        theirs |= {f"layer.{i}.attention.{x}_proj.bias": torch.zeros(32) for i in range(2) for x in "qv"}
+    theirs = huggingface_layout(model, gated=gated)
     folder = tmp_path / "hub"
     folder.mkdir()
     save_file(theirs, folder / "model.safetensors")
@@ -220,3 +229,28 @@ def test_weights_of_another_architecture_are_told_in_one_line_with_the_likely_on
         load_weights(create_vit("vit_small"), tmp_path / "w.safetensors")
     assert "width 192, depth 12 and patch size 16, likely vit_tiny_patch16_dinov3" in str(error.value)
     assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+def test_the_files_rope_periods_are_returned_and_tell_another_number_of_heads(source: Any, tmp_path: Path) -> None:
+    torch.save(meta_layout(source), tmp_path / "dinov3.pth")
+    target: Any = fresh()
+    own = target.rope.periods.clone()
+    assert torch.equal(load_weights(target, tmp_path / "dinov3.pth"), own.bfloat16())
+    assert torch.equal(target.rope.periods, own)  # a student that starts from a file keeps what its export will have
+    save_file(source.state_dict(), tmp_path / "timm.safetensors")
+    assert load_weights(target, tmp_path / "timm.safetensors") is None
+    # The number of heads shows in no weight.
+    with pytest.raises(UserError, match=r"dinov3.pth: 4 rope_embed.periods, the model has 2.*another number of heads"):
+        load_weights(create_vit("vit_small", model_args=SMALL | {"num_heads": 4}), tmp_path / "dinov3.pth")
+
+
+def test_what_is_stated_of_weights_is_read_beside_them(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"architecture": "vit", "pretrained_cfg": {"tag": "lvd1689m"}}')
+    for place in (tmp_path, tmp_path / "model.safetensors"):
+        assert stated_origin(place) == {"architecture": "vit", "tag": "lvd1689m"}
+    assert stated_origin(tmp_path / "other.pth") == stated_origin(tmp_path / "absent") == {}
+    (tmp_path / "config.json").write_text('{"model_type": "dinov3_vit"}')  # Hugging Face's
+    assert stated_origin(tmp_path) == {}
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config.json: not JSON \(.*Restore it"):
+        stated_origin(tmp_path)

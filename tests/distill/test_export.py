@@ -142,13 +142,10 @@ def test_a_full_disk_is_named_and_leaves_the_earlier_export_whole(small_disk: Ca
     disk = small_disk(400_000)
     folder = export_model(small_vit(seed=1), disk / "out", card=a_card())  # takes 140 KB
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    for larger in (64, 128):  # a file that begins and is cut, and one that does not begin
-        with pytest.raises(
-            UserError, match=r"out: the (disk is full|system allows no file of that size).*run the same"
-        ):
-            export_model(small_vit(seed=2, embed_dim=larger, depth=4), folder, card=a_card())
-        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-        assert [path.name for path in disk.iterdir()] == ["out"]
+    with pytest.raises(UserError, match=r"out: the (disk is full|system allows no file of that size).*run the same"):
+        export_model(small_vit(seed=2, embed_dim=64, depth=4), folder, card=a_card())
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert [path.name for path in disk.iterdir()] == ["out"]
 
 
 def test_transformers_gives_the_same_tokens(tmp_path: Path) -> None:

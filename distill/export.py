@@ -24,7 +24,6 @@ import torch
 import tyro
 from huggingface_hub import try_to_load_from_cache
 from safetensors.torch import save
-from timm.models import parse_model_name
 from timm.models._hub import save_config_for_hf
 from torch import nn
 
@@ -109,7 +108,9 @@ def _teacher(run_dir: Path, stated: TeacherConfig) -> TeacherConfig:
     if stated.cache_path is None or stated.teacher_arch != DEFAULT_TEACHER or not (run_dir / PROTOTYPES).is_file():
         return stated
     name = load_prototypes(run_dir / PROTOTYPES).fingerprint["teacher"]["architecture"]
-    return stated if name == DEFAULT_TEACHER else TeacherConfig(teacher_arch=name)
+    if name == DEFAULT_TEACHER:
+        return stated
+    return TeacherConfig(teacher_arch=name if "." in name else f"{name} (of no release)")
 
 
 def export_model(
@@ -294,9 +295,9 @@ def teacher_licence(arch: str, weights: str | None = None) -> str:
         What timm says of the release that the config.json with the weights names, or that file itself; else what timm
         says of the architecture's own weights, or Meta's for a DINOv3 of the hub; else "unknown".
     """
-    source, name = parse_model_name(arch)
+    source, _, name = arch.partition(":") if ":" in arch else ("", "", arch)
     place: str | None = name if source == "local-dir" else None
-    if source == "hf-hub":
+    if hub := source in ("hf-hub", "hf_hub"):
         repository, _, revision = name.partition("@")
         found = try_to_load_from_cache(repository, "config.json", revision=revision or None)
         place, name = (str(Path(found).parent) if isinstance(found, str) else None), repository.rpartition("/")[2]
@@ -307,7 +308,7 @@ def teacher_licence(arch: str, weights: str | None = None) -> str:
     if stated:
         released = _timm_licence(f"{stated['architecture']}.{stated['tag']}") if "tag" in stated else None
         return released or stated.get("license") or UNKNOWN_LICENCE
-    meta = "dinov3-license" if source == "hf-hub" and "dinov3" in name.lower() else None
+    meta = "dinov3-license" if hub and "dinov3" in name.lower() else None
     return _timm_licence(name) or meta or UNKNOWN_LICENCE
 
 

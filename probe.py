@@ -52,7 +52,7 @@ from distill.evaluation.report import ModelReport, ProbeReport, Protocol, result
 from pipeline.backend import choose_backend
 from pipeline.batch import CropBatch
 from pipeline.readers import read_center_crops
-from shards.format import load_index, load_manifest
+from shards.manifest import load_index, load_manifest
 
 RIDGE = 1e-3
 PCA_FIT_IMAGES = 64

@@ -56,7 +56,7 @@ from kernels.spd import plan_reduction
 from pipeline.batch import MultiCropBatch
 from pipeline.loader import MultiCropLoader, open_loader
 from pipeline.readers import in_batches, read_teacher_crops
-from shards.format import load_manifest
+from shards.manifest import load_manifest
 
 
 def train(config: TrainConfig, ranks: Ranks) -> None:

@@ -26,7 +26,7 @@ import zarr
 from benchmarks.results import append_rows, commit, hardware, versions
 from cache_tools.codec import Calibration, EncodedRows, calibration_sha256
 from cache_tools.commit import read_commits, write_manifest
-from cache_tools.format import FORMAT_VERSION, CacheSpec, Paths, create_group, create_view_set, read_attributes
+from cache_tools.layout import FORMAT_VERSION, CacheSpec, Paths, create_group, create_view_set, read_attributes
 from cache_tools.shard_file import ShardFileWriter, ViewSetFiles
 from cache_tools.write import ShardWriter
 from common.hashing import json_sha256

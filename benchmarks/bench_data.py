@@ -28,7 +28,7 @@ from benchmarks.peers import PillowRecipe, TorchvisionRecipe
 from benchmarks.results import Measurement, Row, append_measurements, measure, parser_of, print_table
 from benchmarks.synthetic import write_images
 from pipeline import dali
-from pipeline.augmentation import Augmentation, preset
+from pipeline.augmentation import Augmentation, named_augmentation
 from pipeline.backend import open_backend
 from pipeline.cpu_crops import decode
 from pipeline.crops import BackendOptions, CropRequest, training_work
@@ -65,7 +65,7 @@ _Item = TypeVar("_Item")
 def cpu_rows(shards: Path, images: int, stack: ExitStack, *, quick: bool) -> list[Row]:
     """All rows that need no GPU; what they hold open is closed with the stack."""
     folder = stack.enter_context(ShardFolder(shards))
-    a = preset("dino")
+    a = named_augmentation("dino")
     rows = np.arange(min(images, len(folder)))
     jpegs = [j.tobytes() for j in folder.jpegs(rows)]
     return [
@@ -185,7 +185,7 @@ def busy_rows(shards: Path, rounds: int) -> list[Measurement]:
     Preparing is all but cropping: read, plan, pack, masks. Wall time, as the two threads share one lock.
     """
     figures: dict[str, list[float]] = {"idle": [], "busy in Python": []}
-    a = preset("dino")
+    a = named_augmentation("dino")
     for _, state in itertools.product(range(rounds), figures):
         with ShardFolder(shards) as folder:
             chosen = np.resize(np.arange(len(folder)), 64)

@@ -23,7 +23,7 @@ from PIL import Image
 from benchmarks.results import Measurement, Row, append_measurements, measure, parser_of, print_table
 from benchmarks.synthetic import write_images
 from common.hashing import file_sha256
-from shards.format import load_manifest
+from shards.manifest import load_manifest
 from shards.pack import pack
 from shards.sanitize import sanitise
 from shards.verify import verify

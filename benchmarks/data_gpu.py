@@ -10,10 +10,10 @@ import torch
 
 from benchmarks.results import Measurement
 from pipeline import dali
-from pipeline.augmentation import preset
+from pipeline.augmentation import named_augmentation
 from pipeline.backend import usable_cores
 from pipeline.loader import MultiCropLoader, open_loader
-from shards.format import load_manifest
+from shards.manifest import load_manifest
 
 _BATCH = 64
 _ROUNDS = 3
@@ -33,8 +33,8 @@ def gpu_rows(shards: Path, *, quick: bool) -> list[Measurement]:
 def _open(shards: Path, backend: str, threads: int, hw_decoder: bool = False) -> MultiCropLoader:
     batch = min(_BATCH, load_manifest(shards).num_rows)
     return open_loader(
-        shards, device="cuda", backend=backend, global_batch_size=batch, seed=0, augmentation=preset("dino"),
-        num_threads=threads, hw_decoder=hw_decoder, teacher_crops=False,
+        shards, device="cuda", backend=backend, global_batch_size=batch, seed=0,
+        augmentation=named_augmentation("dino"), num_threads=threads, hw_decoder=hw_decoder, teacher_crops=False,
     )  # fmt: skip
 
 

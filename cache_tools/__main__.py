@@ -20,7 +20,7 @@ from tqdm import tqdm
 from cache_tools.build import decoder_name
 from cache_tools.calibrate import measure_features
 from cache_tools.fingerprint import cache_fingerprint
-from cache_tools.format import CacheSpec, read_attributes
+from cache_tools.layout import CacheSpec, read_attributes
 from cache_tools.options import Bench, Build, Calibrate, Inspect, Repair, Stats, Verify
 from cache_tools.read import TeacherCache
 from cache_tools.verify import (
@@ -35,7 +35,7 @@ from cache_tools.verify import (
 from common.device import pick_device
 from common.errors import run_command
 from pipeline.readers import in_batches
-from shards.format import load_index, load_manifest
+from shards.manifest import load_index, load_manifest
 
 Command = (
     Annotated[Build, tyro.conf.subcommand("build")]

@@ -27,7 +27,7 @@ from cache_tools.codec import (
 )
 from cache_tools.commit import committed_shards, remove_spent_locks, write_manifest
 from cache_tools.fingerprint import Json, check_fingerprint
-from cache_tools.format import (
+from cache_tools.layout import (
     FORMAT_VERSION,
     CacheMismatch,
     CacheSpec,

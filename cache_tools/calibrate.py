@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cache_tools.build import Teacher
 from cache_tools.codec import ChannelMoments, CodecQuality, measure_codec
-from cache_tools.format import CODECS, CacheSpec, CodecName
+from cache_tools.layout import CODECS, CacheSpec, CodecName
 from common.errors import UserError
 from pipeline.batch import CropBatch
 

@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float, Int8
 from torch import Tensor
 
-from cache_tools.format import CacheCorrupt, CacheSpec, CodecName, Paths
+from cache_tools.layout import CacheCorrupt, CacheSpec, CodecName, Paths
 from common.errors import UserError
 from distill.teacher import TeacherTargets
 

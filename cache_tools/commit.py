@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cache_tools.format import (
+from cache_tools.layout import (
     FORMAT_VERSION,
     REPAIR,
     CacheCorrupt,

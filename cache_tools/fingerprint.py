@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from cache_tools.format import CacheMismatch, CodecName
+from cache_tools.layout import CacheMismatch, CodecName
 from pipeline.augmentation import Augmentation
 from pipeline.plan import PLAN_VERSION, box_test_vector
-from shards.format import Manifest
+from shards.manifest import Manifest
 
 Json = dict[str, Any]
 SHOWN_FIELDS = 8

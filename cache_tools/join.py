@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from cache_tools.format import CacheCorrupt, CacheStale
+from cache_tools.layout import CacheCorrupt, CacheStale
 from pipeline.batch import ImageBatch
 
 SPEC_FIELDS = ("top", "left", "height", "width", "flip", "image height << 16 | image width")

@@ -20,7 +20,7 @@ from cache_tools.build import (
     run_build,
 )
 from cache_tools.fingerprint import cache_fingerprint, flatten
-from cache_tools.format import CacheSpec, CodecName
+from cache_tools.layout import CacheSpec, CodecName
 from cache_tools.write import ReadCrops
 from common.errors import UserError
 from distill.config import DEFAULT_TEACHER, TeacherConfig
@@ -29,7 +29,7 @@ from pipeline.augmentation import CropOptions
 from pipeline.backend import choose_backend
 from pipeline.crops import ReadOptions
 from pipeline.readers import read_teacher_crops
-from shards.format import load_manifest
+from shards.manifest import load_manifest
 
 PRESETS = ("dino", "dinov2_released")
 CachePath = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CACHE")]

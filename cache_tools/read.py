@@ -18,7 +18,8 @@ from torch import Tensor
 from cache_tools.codec import codec_bound, decode_int8, load_calibration, rounding_bound
 from cache_tools.commit import read_commits
 from cache_tools.fingerprint import check_fingerprint
-from cache_tools.format import (
+from cache_tools.join import RowTable, unpack_ids
+from cache_tools.layout import (
     ArrayLayout,
     CacheCorrupt,
     CacheIncomplete,
@@ -27,7 +28,6 @@ from cache_tools.format import (
     metadata_faults,
     read_attributes,
 )
-from cache_tools.join import RowTable, unpack_ids
 from cache_tools.shard_file import ViewSetFiles
 from common.errors import UserError
 from common.hashing import json_sha256

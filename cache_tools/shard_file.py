@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cache_tools.commit import Commit, FileRecord
-from cache_tools.format import CRC_BYTES, REPAIR, ArrayLayout, CacheCorrupt, CacheSpec, Paths, partial_path
+from cache_tools.layout import CRC_BYTES, REPAIR, ArrayLayout, CacheCorrupt, CacheSpec, Paths, partial_path
 from common.atomic import open_atomic
 
 Bytes = npt.NDArray[np.uint8]

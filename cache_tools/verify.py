@@ -16,7 +16,8 @@ import torch
 from cache_tools.build import Teacher
 from cache_tools.codec import load_calibration
 from cache_tools.commit import committed_shards, drop_commit, read_commit, shard_lock, write_manifest
-from cache_tools.format import (
+from cache_tools.join import SPEC_FIELDS, unpack_ids
+from cache_tools.layout import (
     CacheCorrupt,
     CacheSpec,
     Paths,
@@ -27,14 +28,13 @@ from cache_tools.format import (
     read_attributes,
     write_small,
 )
-from cache_tools.join import SPEC_FIELDS, unpack_ids
 from cache_tools.read import TeacherCache
 from cache_tools.shard_file import Bytes, ViewSetFiles
 from cache_tools.write import ReadCrops
 from common.errors import UserError
 from common.hashing import json_sha256
 from pipeline.readers import in_batches
-from shards.format import ShardIndex
+from shards.manifest import ShardIndex
 
 # A cached token against the same teacher run again. int8 alone leaves 0.9999; bf16 in batches of other shapes costs up
 # to 1e-3 on single tokens. Another teacher, seed or view set is far below.

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from cache_tools.codec import EncodedRows, NotStorable
 from cache_tools.commit import Commit, committed_shards, shard_lock, write_commit
-from cache_tools.format import CacheSpec, Paths
 from cache_tools.join import pack_ids
+from cache_tools.layout import CacheSpec, Paths
 from cache_tools.shard_file import ShardFileWriter
 from common.errors import UserError
 from pipeline.batch import CropBatch

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from demo import PATCH_SIZE
 from distill.export import Card, export_model
-from distill.models import create_vit
+from distill.models import create_backbone
 from distill.optim import cosine_schedule
 from pipeline.augmentation import Augmentation
 from pipeline.batch import normalise
@@ -31,7 +31,7 @@ def train_teacher(shards: Path, output: Path, *, augmentation: Augmentation, ste
     """
     torch.manual_seed(seed)
     size = augmentation.global_crops_size
-    model = create_vit("vit_small", patch_size=PATCH_SIZE, model_args={**TEACHER_ARGS, "img_size": size})
+    model = create_backbone("vit_small", patch_size=PATCH_SIZE, model_args={**TEACHER_ARGS, "img_size": size})
     heads = nn.ModuleList([nn.Linear(TEACHER_ARGS["embed_dim"], 10) for _ in range(2)])  # type: ignore[arg-type]
     parameters = [*model.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=_LR, weight_decay=0.05, fused=True)

@@ -21,7 +21,7 @@ from distill.weights import load_state, load_weights
 FAMILY = ("vit_tiny", "vit_small", "vit_base", "vit_large")
 
 
-def create_vit(
+def create_backbone(
     arch: str,
     *,
     patch_size: int = 16,
@@ -103,7 +103,7 @@ def create_student(config: StudentConfig, *, seed: int) -> nn.Module:
     vit_args = {} if config.arch in FAMILY else {"dynamic_img_size": True}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = create_vit(config.arch, patch_size=config.patch_size, model_args=args, vit_args=vit_args)
+        model = create_backbone(config.arch, patch_size=config.patch_size, model_args=args, vit_args=vit_args)
     if patch_side(model) != config.patch_size:
         raise UserError(
             f"--arch {config.arch} --patch_size {config.patch_size}: its patches are {patch_side(model)} pixels wide. "
@@ -120,7 +120,7 @@ def load_initial_weights(student: nn.Module, config: StudentConfig) -> None:
     """
     if config.init == "pretrained":
         try:
-            named = create_vit(config.arch, patch_size=config.patch_size, pretrained=True)
+            named = create_backbone(config.arch, patch_size=config.patch_size, pretrained=True)
         except OSError as error:
             raise UserError(
                 f"--init pretrained: the weights of {config.arch} could not be found or downloaded "

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from common.errors import UserError
 from distill.config import TeacherConfig
-from distill.models import cls_and_patches, create_vit, patch_side, token_widths
+from distill.models import cls_and_patches, create_backbone, patch_side, token_widths
 from distill.weights import load_weights, stated_origin, tensors_sha256
 from pipeline.batch import normalise
 
@@ -161,7 +161,7 @@ def load_teacher(
 
 def _create(arch: str, img_size: int, *, pretrained: bool) -> Any:
     vit_args = {"img_size": img_size, "dynamic_img_size": False}
-    return create_vit(arch, pretrained=pretrained, vit_args=vit_args)
+    return create_backbone(arch, pretrained=pretrained, vit_args=vit_args)
 
 
 def _input_size(model: Any, img_size: int) -> int:

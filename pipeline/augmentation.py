@@ -1,4 +1,4 @@
-"""What is done to an image: one frozen dataclass of crops, photometrics and masks, its presets and its flags."""
+"""What is done to an image: one frozen dataclass of crops, photometrics and masks, by name or by flags."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ class Augmentation:
         return fields
 
 
-def preset(name: str) -> Augmentation:
+def named_augmentation(name: str) -> Augmentation:
     """Return a named augmentation.
 
     Args:
@@ -146,11 +146,11 @@ def preset(name: str) -> Augmentation:
             and flips of `dino` without any photometric distortion.
 
     Raises:
-        UserError: no preset has that name; the message offers the closest.
+        UserError: none has that name; the message offers the closest.
     """
-    if name in _PRESETS:
-        return _PRESETS[name]
-    raise unknown_name("augmentation preset", name, _PRESETS)
+    if name in _NAMED:
+        return _NAMED[name]
+    raise unknown_name("--augmentation", name, _NAMED)
 
 
 def _check_counts(a: Augmentation) -> None:
@@ -203,7 +203,7 @@ def _require(holds: bool, name: str, value: object, allowed: str) -> None:
         raise UserError(f"augmentation: {name} is {value}. It must be {allowed}. Change {name}.")
 
 
-_PRESETS = {
+_NAMED = {
     "dino": Augmentation(),
     "dinov2_released": Augmentation(
         global_crops_scale=(0.32, 1.0), local_crops_scale=(0.05, 0.32), blur_prob_global=(0.0, 0.9)
@@ -220,18 +220,18 @@ _PRESETS = {
 
 @dataclass(frozen=True, kw_only=True)
 class CropOptions:
-    """What is cut of an image, as flags over an augmentation preset."""
+    """What is cut of an image, as flags over a named augmentation."""
 
     augmentation: str = "dino"
-    """Augmentation preset: dino, dinov2_released or clean."""
+    """The augmentation that the flags go over: dino, dinov2_released or clean."""
     global_crops_number: int = Augmentation.num_global_crops
     """Global crops of an image, 1 or 2: those that the teacher sees, at its cost."""
     global_crops_scale: tuple[float, float] | None = None
-    """Share of the image's area in a global crop, least and most. None: the preset's own, 0.4 1.0 for dino."""
+    """Share of the image's area in a global crop, least and most. None: the augmentation's own, 0.4 1.0 for dino."""
     global_crops_size: int = Augmentation.global_crops_size
     """Side of a global crop in pixels."""
     local_crops_scale: tuple[float, float] | None = None
-    """Share of the image's area in a local crop, least and most. None: the preset's own, 0.05 0.4 for dino."""
+    """Share of the image's area in a local crop, least and most. None: the augmentation's own, 0.05 0.4 for dino."""
     local_crops_number: int = Augmentation.num_local_crops
     """Local crops of an image."""
     local_crops_size: int = Augmentation.local_crops_size
@@ -249,7 +249,7 @@ class CropOptions:
 
     def crops(self, *, patch_size: int) -> Augmentation:
         """Return the augmentation for a student of that patch size; UserError for a value out of its range."""
-        chosen, g = preset(self.augmentation), self.global_crops_number
+        chosen, g = named_augmentation(self.augmentation), self.global_crops_number
         if not 1 <= g <= chosen.num_global_crops:
             raise UserError(f"--global_crops_number {g}: it must be 1 or 2. Change --global_crops_number.")
         return replace(

@@ -15,8 +15,8 @@ from pathlib import Path
 from common.atomic import write_atomic
 from common.errors import UserError, run_command
 from shards.folder import ShardFolder
-from shards.format import load_manifest
 from shards.inspection import describe_folder, describe_row, find_row, write_sheet
+from shards.manifest import load_manifest
 from shards.pack import ROWS_PER_SHARD, pack
 from shards.sources import SourceOptions
 from shards.sources.labels import load_classes

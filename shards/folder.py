@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.errors import UserError
-from shards.format import BLOCK, load_index, load_manifest
+from shards.manifest import BLOCK, load_index, load_manifest
 
 _MAX_OPEN_SHARDS = 512  # most systems allow 1024 open files a process
 

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 from common.atomic import write_atomic
 from common.errors import UserError
 from shards.folder import ShardFolder
-from shards.format import BLOCK, RowFlag, is_key, name_uid, padded
+from shards.manifest import BLOCK, RowFlag, is_key, name_uid, padded
 
 _CELL, _CAPTION = 160, 14  # pixels
 

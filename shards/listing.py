@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.errors import UserError
-from shards.format import name_digest, name_uid, plain_key, unique_key
+from shards.manifest import name_digest, name_uid, plain_key, unique_key
 from shards.sources.base import SourceItem
 
 _ROW = np.dtype(

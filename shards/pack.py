@@ -16,7 +16,8 @@ from tqdm import tqdm
 from common.atomic import explain_disk_errors, remove_temporaries, sync_folder, write_atomic
 from common.errors import UserError
 from common.hashing import canonical_json, file_sha256
-from shards.format import (
+from shards.listing import Listing, write_listing
+from shards.manifest import (
     CLASSES_NAME,
     FORMAT_VERSION,
     INDEX_NAME,
@@ -29,7 +30,6 @@ from shards.format import (
     load_manifest,
     write_index,
 )
-from shards.listing import Listing, write_listing
 from shards.sanitize import policy_fields
 from shards.shard_writer import WARNED_COUNT, ShardJob, ShardSettings, finish_shard, merged_columns, read_record
 from shards.sources import SourceOptions, recognise

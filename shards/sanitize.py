@@ -15,7 +15,7 @@ import PIL
 import simplejpeg
 from PIL import Image, ImageChops, ImageOps, UnidentifiedImageError
 
-from shards.format import RowFlag
+from shards.manifest import RowFlag
 
 MAX_SIDE = 32767  # heights and widths travel in 15 bits of the crop specs
 MAX_PIXELS = 1 << 26  # 67 Mpx, 200 MB as RGB: what one decode may cost in packing and in every epoch

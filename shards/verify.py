@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from common.errors import UserError
 from common.hashing import file_sha256
-from shards.format import (
+from shards.manifest import (
     BLOCK,
     INDEX_NAME,
     MANIFEST_NAME,

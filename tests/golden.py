@@ -28,8 +28,8 @@ sys.path.insert(0, str(ROOT))
 
 from demo.images import compose_images  # noqa: E402
 from distill.export import Card, export_model  # noqa: E402
-from distill.models import create_vit  # noqa: E402
-from pipeline.augmentation import preset  # noqa: E402
+from distill.models import create_backbone  # noqa: E402
+from pipeline.augmentation import named_augmentation  # noqa: E402
 from pipeline.loader import open_loader  # noqa: E402
 from pipeline.masks import block_masks  # noqa: E402
 from pipeline.order import epoch_order  # noqa: E402
@@ -76,7 +76,7 @@ def plans_masks_and_order() -> None:
     uids = np.arange(500, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     sizes = np.stack([200 + np.arange(500) % 300, 150 + np.arange(500) % 411], 1)
     for name in ("dino", "dinov2_released"):
-        augmentation = preset(name)
+        augmentation = named_augmentation(name)
         for view_set, epoch in ((0, 0), (1, 5)):
             plan = crop_plan(uids, sizes, view_set=view_set, epoch=epoch, seed=7, augmentation=augmentation)
             parts = (plan.boxes, plan.flips, plan.colour, plan.blur_sigma, plan.solarize)
@@ -90,7 +90,7 @@ def batches(shards: Path) -> None:
     """Two batches of every backend."""
     for backend in ("cpu", "torch", "dali"):
         with open_loader(
-            shards, device="cpu", global_batch_size=16, seed=5, augmentation=preset("dino"), backend=backend
+            shards, device="cpu", global_batch_size=16, seed=5, augmentation=named_augmentation("dino"), backend=backend
         ) as loader:
             for step in range(2):
                 batch = next(loader)
@@ -131,7 +131,7 @@ def main() -> None:
         torch.manual_seed(0)
         args = {"embed_dim": 64, "depth": 2, "num_heads": 2, "init_values": 0.5, "img_size": 48}
         card = Card("teacher", "vit_small", "random", "MIT", step=0, ema=False, img_size=48)
-        export_model(create_vit("vit_small", patch_size=8, model_args=args).eval(), root / "teacher", card=card)
+        export_model(create_backbone("vit_small", patch_size=8, model_args=args).eval(), root / "teacher", card=card)
         say("exported weights", [(root / "teacher/model.safetensors").read_bytes()])
         teacher = ["--teacher_arch", f"local-dir:{root / 'teacher'}", *CROPS]
         for codec in ("int8", "fp16"):

@@ -16,7 +16,7 @@ from distill.config import TrainConfig
 from distill.evaluation.features import Normalise, extract_features
 from pipeline.batch import CropBatch, normalise
 from pipeline.readers import read_center_crops
-from shards.format import load_index, load_manifest
+from shards.manifest import load_index, load_manifest
 
 TEMPERATURE = 0.07
 # Similarities held at once: 2^26 fp32 numbers are 256 MB.

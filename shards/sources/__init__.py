@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import UserError
-from shards.format import MANIFEST_NAME
+from shards.manifest import MANIFEST_NAME
 from shards.sources.base import Source, is_image_name
 from shards.sources.folders import class_folders, flat_folder, has_images_in_folders
 from shards.sources.labels import FILES_BESIDE, UNLABELLED, Classes, LabelList, load_labels

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from common.errors import UserError
-from shards.format import UNKNOWN_LABEL
+from shards.manifest import UNKNOWN_LABEL
 from shards.sources.base import SPLIT_NAMES, Container, Source, SourceItem, by_folder, class_labels, is_image_name
 from shards.sources.labels import Classes, LabelList
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import UserError
-from shards.format import UNKNOWN_LABEL
+from shards.manifest import UNKNOWN_LABEL
 
 Classes = tuple[str, ...] | None  # in label order; None stands for those that are found, sorted
 

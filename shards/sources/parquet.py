@@ -14,7 +14,7 @@ from tqdm import tqdm
 from common.atomic import open_atomic, remove_temporaries, write_atomic
 from common.errors import UserError
 from common.hashing import canonical_json
-from shards.format import UNKNOWN_LABEL
+from shards.manifest import UNKNOWN_LABEL
 from shards.sources.base import Container, Source, SourceItem, class_labels, file_container
 from shards.sources.labels import Classes
 

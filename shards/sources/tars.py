@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common.errors import UserError
-from shards.format import BLOCK, UNKNOWN_LABEL
+from shards.manifest import BLOCK, UNKNOWN_LABEL
 from shards.sources.base import SPLIT_NAMES, Source, SourceItem, by_folder, class_labels, file_container, is_image_name
 from shards.sources.labels import Classes, LabelList
 

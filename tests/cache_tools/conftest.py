@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from cache_tools.build import run_build
-from cache_tools.format import CodecName
+from cache_tools.layout import CodecName
 from tests.cache_tools.synthetic import SyntheticReader, SyntheticTeacher, synthetic_request
 
 BuildSmall = Callable[..., Path]

@@ -14,7 +14,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from cache_tools.build import BuildRequest
-from cache_tools.format import CacheSpec, CodecName
+from cache_tools.layout import CacheSpec, CodecName
 from distill.teacher import TeacherTargets
 from pipeline.batch import CropBatch
 

@@ -20,7 +20,7 @@ from cache_tools import build as build_module
 from cache_tools.build import run_build
 from cache_tools.codec import encode
 from cache_tools.fingerprint import differences, flatten
-from cache_tools.format import CacheMismatch, CacheSpec
+from cache_tools.layout import CacheMismatch, CacheSpec
 from cache_tools.read import TeacherCache
 from common.errors import UserError
 from pipeline.batch import CropBatch

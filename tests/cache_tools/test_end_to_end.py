@@ -15,16 +15,16 @@ from PIL import Image
 
 from cache_tools.__main__ import main
 from cache_tools.fingerprint import cache_fingerprint
-from cache_tools.format import CacheMismatch, CacheStale
+from cache_tools.layout import CacheMismatch, CacheStale
 from cache_tools.options import Build, TeacherOptions
 from cache_tools.read import TeacherCache
 from distill.config import TeacherConfig
 from distill.export import Card, export_model
-from distill.models import create_vit
+from distill.models import create_backbone
 from distill.teacher import FrozenTeacher, TeacherTargets, load_teacher
 from pipeline.batch import MultiCropBatch
 from pipeline.loader import open_loader
-from shards.format import load_index, load_manifest
+from shards.manifest import load_index, load_manifest
 from shards.pack import pack
 
 SIZE, PATCH, DIM = 32, 8, 64
@@ -50,7 +50,7 @@ def write_images(folder: Path, *, changed: int | None = None) -> Path:
 def write_teacher(folder: Path, seed: int) -> Path:
     torch.manual_seed(seed)
     args = {"embed_dim": DIM, "depth": 2, "num_heads": 2, "img_size": SIZE, "init_values": 0.5}
-    model = create_vit("vit_small", patch_size=PATCH, model_args=args)
+    model = create_backbone("vit_small", patch_size=PATCH, model_args=args)
     card = Card(
         name="tiny", student_arch="vit_small", teacher_arch="none", licence="MIT", step=0, ema=False,
         img_size=SIZE, probe=None,

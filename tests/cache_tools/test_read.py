@@ -13,8 +13,8 @@ import zarr
 
 from cache_tools.build import run_build
 from cache_tools.codec import Calibration, decode_int8_numpy
-from cache_tools.format import CacheIncomplete, CacheMismatch, CacheStale
 from cache_tools.join import unpack_ids
+from cache_tools.layout import CacheIncomplete, CacheMismatch, CacheStale
 from cache_tools.read import TeacherCache
 from cache_tools.verify import repair_cache, verify_cache
 from common.errors import UserError

@@ -8,16 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cache_tools import format as format_module
+from cache_tools import layout
 from cache_tools.build import run_build
 from cache_tools.commit import shard_lock
-from cache_tools.format import CacheCorrupt, Paths
+from cache_tools.layout import CacheCorrupt, Paths
 from cache_tools.options import Verify
 from cache_tools.read import TeacherCache
 from cache_tools.verify import repair_cache, verify_cache
 from common.errors import UserError
-from pipeline.augmentation import preset
-from shards.format import ShardIndex
+from pipeline.augmentation import named_augmentation
+from shards.manifest import ShardIndex
 from tests.cache_tools.synthetic import SyntheticReader, SyntheticTeacher, synthetic_batch, synthetic_request
 
 BuildSmall = Callable[..., Path]
@@ -69,7 +69,7 @@ def test_repair_removes_files_of_shards_without_a_record(build_small: BuildSmall
 def test_zarr_version_with_another_layout_is_refused_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(format_module, "differing_fields", lambda path, array, spec: ["codecs"])
+    monkeypatch.setattr(layout, "differing_fields", lambda path, array, spec: ["codecs"])
     with pytest.raises(UserError, match=r"patch: zarr .* writes codecs in another way"):
         run_build(synthetic_request(tmp_path / "cache"), SyntheticTeacher(), SyntheticReader(), progress=False)
     assert not (tmp_path / "cache/data.zarr/v0").exists()
@@ -84,13 +84,13 @@ def test_unknown_codec_is_refused(build_small: BuildSmall) -> None:
 
 
 def test_teacher_check_of_an_augmentation_that_flags_cannot_give_is_refused(tmp_path: Path) -> None:
-    odd = dataclasses.replace(preset("dino"), aspect_ratio=(0.5, 2.0)).geometry_fingerprint()
+    odd = dataclasses.replace(named_augmentation("dino"), aspect_ratio=(0.5, 2.0)).geometry_fingerprint()
     fingerprint = {"crops": {"geometry": json.loads(json.dumps(odd)), "seed": 3}, "teacher": {"architecture": "x"}}
     with pytest.raises(UserError, match="an augmentation that is none of dino, dinov2_released"):
         Verify(tmp_path, shards=tmp_path).teacher_options(fingerprint)
     for name in ("dino", "dinov2_released"):
         geometry = json.loads(
-            json.dumps(dataclasses.replace(preset(name), teacher_photometric=True).geometry_fingerprint())
+            json.dumps(dataclasses.replace(named_augmentation(name), teacher_photometric=True).geometry_fingerprint())
         )
         fingerprint["crops"] = {"geometry": geometry, "seed": 3}
         options = Verify(tmp_path, shards=tmp_path).teacher_options(fingerprint)

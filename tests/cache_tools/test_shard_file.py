@@ -11,7 +11,7 @@ import zarr
 
 from cache_tools import shard_file
 from cache_tools.commit import Commit, FileRecord
-from cache_tools.format import ArrayLayout, CacheCorrupt, CacheSpec, Paths, create_group, create_view_set
+from cache_tools.layout import ArrayLayout, CacheCorrupt, CacheSpec, Paths, create_group, create_view_set
 from cache_tools.shard_file import ShardFile, ShardFileWriter, ViewSetFiles, crc32c
 
 SPEC = CacheSpec((5, 5, 3), num_crops=2, num_patches=3, embed_dim=8, codec="int8")

@@ -15,8 +15,7 @@ import torch
 from common.errors import UserError
 from distill.config import DataConfig, LossConfig, TrainConfig, load_config, preset, write_or_check_config
 from distill.runtime import compiles, parse_config, step_seed, versions
-from pipeline.augmentation import CropOptions
-from pipeline.augmentation import preset as augmentation_preset
+from pipeline.augmentation import CropOptions, named_augmentation
 
 DOCUMENTED_DEFAULTS = {
     "arch": "vit_small", "patch_size": 16, "teacher_arch": "vit_large_patch16_dinov3.lvd1689m",
@@ -184,7 +183,7 @@ def test_a_preset_of_crops_keeps_its_own_scales_unless_a_flag_changes_them(name:
     config = parse_config(["--augmentation", name])
     crops = config.crops()
     assert (crops.global_crops_scale, crops.local_crops_scale) == scales
-    assert crops == augmentation_preset(name)
+    assert crops == named_augmentation(name)
     # A cache that is built with the same flag has the same crops.
     built = CropOptions(augmentation=name).teacher_crops()
     assert built.geometry_fingerprint() == crops.geometry_fingerprint()

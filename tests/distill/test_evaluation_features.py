@@ -23,7 +23,7 @@ from distill.evaluation.features import (
 )
 from distill.evaluation.figures import HIGH, LOW, fit_patch_basis, paint_patches, quantile
 from distill.evaluation.measures import cosine_to_teacher, fit_linear_map, rankme
-from distill.models import create_vit
+from distill.models import create_backbone
 from pipeline.batch import normalise
 
 # Orthogonal maps and projections in fp64, handed back in fp32.
@@ -48,7 +48,7 @@ def batches(num_rows: int = 7, size: int = 32) -> list[Crops]:
 def small_vit(depth: int = 3, seed: int = 0) -> Any:
     torch.manual_seed(seed)
     args = {"embed_dim": 32, "depth": depth, "num_heads": 2, "init_values": 1.0}
-    return create_vit("vit_small", patch_size=8, model_args=args).eval()
+    return create_backbone("vit_small", patch_size=8, model_args=args).eval()
 
 
 def test_features_equal_the_models_own_tokens() -> None:
@@ -121,7 +121,7 @@ def test_an_empty_stream_is_named() -> None:
 
 
 def test_a_model_without_a_class_token_is_measured_by_its_pooled_features() -> None:
-    model = create_vit("resnet10t").eval()
+    model = create_backbone("resnet10t").eval()
     features = extract_features(model, batches(), normalise=normalise, device="cpu", layers=4)
     crops = torch.cat([batch.crops for batch in batches()])
     with torch.no_grad():

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 from distill.evaluation.measures import knn_accuracy, knn_predict, knn_top1
-from distill.models import create_vit
+from distill.models import create_backbone
 from pipeline.batch import normalise
 
 
@@ -95,7 +95,7 @@ def coloured(num_rows: int, seed: int, unlabelled: int = 0) -> list[Crops]:
 def small_vit() -> nn.Module:
     torch.manual_seed(0)
     args = {"embed_dim": 32, "depth": 2, "num_heads": 2, "init_values": 1.0}
-    return create_vit("vit_small", patch_size=8, model_args=args)
+    return create_backbone("vit_small", patch_size=8, model_args=args)
 
 
 def test_a_model_in_training_is_scored_and_put_back() -> None:

@@ -19,7 +19,7 @@ from distill.checkpoint import CheckpointWriter
 from distill.config import DataConfig, RuntimeConfig, StudentConfig, TeacherConfig, TrainConfig
 from distill.evaluation.features import load_probed
 from distill.export import Card, ExportArgs, export_model, export_run
-from distill.models import create_student, create_vit
+from distill.models import create_backbone, create_student
 from shards.pack import pack
 
 IMG_SIZE = 32
@@ -55,7 +55,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Fixture:
         pack(root / "images" / split, root / split, rows_per_shard=32, workers=1, progress=False)
     torch.manual_seed(5)
     sizes = {"embed_dim": 48, "depth": 3, "num_heads": 3, "init_values": 1.0, "img_size": IMG_SIZE}
-    teacher = create_vit("vit_small", patch_size=8, model_args=sizes)
+    teacher = create_backbone("vit_small", patch_size=8, model_args=sizes)
     card = Card("teacher", "vit_small", "none", "mit", step=0, ema=False, img_size=IMG_SIZE)
     export_model(teacher, root / "teacher", card=card)
     run = root / "run"

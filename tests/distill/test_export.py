@@ -38,7 +38,7 @@ from distill.export import (
     teacher_licence,
     verify_export,
 )
-from distill.models import cls_and_patches, create_student, create_vit
+from distill.models import cls_and_patches, create_backbone, create_student
 from distill.onnx import require_onnx, write_onnx
 from distill.prototypes import PROTOTYPES, Prototypes, save_prototypes
 from distill.step import DistillStep
@@ -50,7 +50,7 @@ HAS_ONNX = all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript",
 def small_vit(seed: int = 0, **args: Any) -> Any:
     torch.manual_seed(seed)
     sizes = {"embed_dim": 32, "depth": 2, "num_heads": 2, "init_values": 0.5, **args}
-    model = create_vit("vit_small", patch_size=8, model_args=sizes)
+    model = create_backbone("vit_small", patch_size=8, model_args=sizes)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)  # nothing left at zero or one, where a lost key would not show
     return model.eval()
@@ -346,7 +346,7 @@ def test_a_run_from_a_cache_names_the_teacher_of_the_cache(
 
 
 def test_the_card_states_the_teachers_licence() -> None:
-    meta = render_card(a_card(), create_vit("vit_small"))
+    meta = render_card(a_card(), create_backbone("vit_small"))
     assert "license: other\nlicense_name: dinov3-license" in meta
     assert "Pass these weights on only under that agreement" in meta
     assert "21.6 M parameters" in meta
@@ -359,7 +359,7 @@ def test_the_card_states_the_teachers_licence() -> None:
 
 def test_the_card_says_how_the_features_of_a_cnn_are_had() -> None:
     assert "model.num_prefix_tokens + n" in render_card(a_card(), small_vit())
-    assert "model.forward_head(features, pre_logits=True)" in render_card(a_card(), create_vit("resnet10t"))
+    assert "model.forward_head(features, pre_logits=True)" in render_card(a_card(), create_backbone("resnet10t"))
 
 
 def test_the_card_shows_measured_accuracies_only() -> None:

@@ -13,8 +13,8 @@ from distill.config import StudentConfig
 from distill.models import (
     check_plain_student,
     cls_and_patches,
+    create_backbone,
     create_student,
-    create_vit,
     is_packable,
     packed_tokens,
     rope_table,
@@ -91,7 +91,7 @@ def test_the_seed_decides_the_initial_weights_and_leaves_the_global_generator_al
 
 def test_an_unknown_architecture_is_named() -> None:
     with pytest.raises(UserError, match="vit_smal: timm cannot create it"):
-        create_vit("vit_smal")
+        create_backbone("vit_smal")
 
 
 # timm's name, patch side, pixels of a small and a large crop, widths of cls and patch tokens.

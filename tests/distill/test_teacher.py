@@ -19,7 +19,7 @@ from torch.testing import assert_close
 from common.errors import UserError
 from distill.config import TeacherConfig
 from distill.export import Card, export_model
-from distill.models import create_vit
+from distill.models import create_backbone
 from distill.teacher import FrozenTeacher, TeacherTargets, load_teacher
 from pipeline.batch import normalise
 from tests.distill.test_weights import huggingface_layout, meta_layout
@@ -30,7 +30,7 @@ SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2, "img_size": 32, "dynamic_i
 
 def small_teacher(dtype: torch.dtype = torch.float32, *, round_rope_periods: bool = False) -> FrozenTeacher:
     torch.manual_seed(0)
-    model = create_vit("vit_small", patch_size=8, model_args=SMALL)
+    model = create_backbone("vit_small", patch_size=8, model_args=SMALL)
     if round_rope_periods:
         model.rope.periods.copy_(model.rope.periods.bfloat16())
     return FrozenTeacher(model, arch="small", img_size=32, dtype=dtype, device=CPU)
@@ -57,7 +57,7 @@ def test_targets_are_image_major_final_norm_tokens_without_registers() -> None:
 
 
 def test_any_timm_vit_with_a_class_token_can_teach() -> None:
-    model = create_vit("vit_tiny_patch16_224", model_args={"img_size": 32})
+    model = create_backbone("vit_tiny_patch16_224", model_args={"img_size": 32})
     teacher = FrozenTeacher(model, arch="plain", img_size=32, dtype=torch.float32, device=CPU)
     targets = teacher(random_crops(2))
     assert targets.patches.shape == (1, 2, 4, 192)
@@ -79,7 +79,9 @@ def test_any_timm_vit_with_a_class_token_can_teach() -> None:
 def test_a_patch_that_does_not_divide_the_crop_sees_all_of_it(arch: str, input_size: int, num_prefix: int) -> None:
     torch.manual_seed(0)
     args = {"img_size": input_size, "dynamic_img_size": False, "depth": 1}
-    teacher = FrozenTeacher(create_vit(arch, model_args=args), arch=arch, img_size=48, dtype=torch.float32, device=CPU)
+    teacher = FrozenTeacher(
+        create_backbone(arch, model_args=args), arch=arch, img_size=48, dtype=torch.float32, device=CPU
+    )
     crops = random_crops(2, 48)
     images = normalise(crops, mean=teacher.mean, std=teacher.std)
     if input_size != 48:
@@ -120,7 +122,7 @@ def test_tokens_on_another_grid_are_the_means_of_those_they_cover(old: int, new:
 def test_a_teacher_without_a_class_token_gives_its_pooled_features_in_its_place(
     arch: str, input_size: int, patches: int, width: int
 ) -> None:
-    model = create_vit(arch, vit_args={"img_size": input_size, "dynamic_img_size": False})
+    model = create_backbone(arch, vit_args={"img_size": input_size, "dynamic_img_size": False})
     teacher = FrozenTeacher(model, arch=arch, img_size=50, dtype=torch.float32, device=CPU)
     targets = teacher(random_crops(2, 50))
     assert (teacher.num_patches(), teacher.embed_dim, teacher.input_size) == (patches, width, input_size)
@@ -132,7 +134,7 @@ def test_a_teacher_without_a_class_token_gives_its_pooled_features_in_its_place(
 
 def test_a_teacher_of_two_widths_is_refused() -> None:
     with pytest.raises(UserError, match="pooled features are 1024 wide and its last map 288"):
-        FrozenTeacher(create_vit("mobilenetv3_small_050"), arch="m", img_size=64, dtype=torch.float32, device=CPU)
+        FrozenTeacher(create_backbone("mobilenetv3_small_050"), arch="m", img_size=64, dtype=torch.float32, device=CPU)
 
 
 def test_crops_of_another_size_are_refused() -> None:
@@ -163,7 +165,7 @@ def test_the_fingerprint_changes_with_every_weight_and_setting() -> None:
 
 def test_a_local_file_and_a_named_architecture_make_the_teacher(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    source = create_vit("vit_small", model_args={"init_values": 0.5})
+    source = create_backbone("vit_small", model_args={"init_values": 0.5})
     save_file(source.state_dict(), tmp_path / "t.safetensors")
     config = TeacherConfig(teacher_arch="vit_small", teacher_pretrained_weights=str(tmp_path / "t.safetensors"))
     teacher = load_teacher(config, img_size=32, device=CPU)
@@ -226,7 +228,7 @@ def test_released_weights_are_one_teacher_in_whatever_container(tmp_path: Path, 
 
 def test_what_firn_trained_is_one_teacher_with_the_periods_it_was_trained_with(tmp_path: Path, hub: Hub) -> None:
     torch.manual_seed(0)
-    student: Any = create_vit("vit_small", model_args={"init_values": 0.5}).eval()
+    student: Any = create_backbone("vit_small", model_args={"init_values": 0.5}).eval()
     card = Card("s", "vit_small", "vit_large_patch16_dinov3.lvd1689m", "dinov3-license", step=0, ema=False, img_size=32)
     folder = export_model(student, tmp_path / "export", card=card)
     student.rope.update_feat_shape((2, 2))
@@ -240,7 +242,7 @@ def test_what_firn_trained_is_one_teacher_with_the_periods_it_was_trained_with(t
 
 
 def test_periods_that_a_file_holds_are_taken_as_they_are_and_checked(tmp_path: Path) -> None:
-    state = meta_layout(create_vit("vit_small"))
+    state = meta_layout(create_backbone("vit_small"))
     state["rope_embed.periods"] = state["rope_embed.periods"].float() * 1.25
     torch.save(state, tmp_path / "own.pth")
     config = TeacherConfig(teacher_arch="vit_small", teacher_pretrained_weights=str(tmp_path / "own.pth"))

@@ -13,7 +13,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from common.errors import UserError
-from distill.models import create_vit
+from distill.models import create_backbone
 from distill.weights import load_weights, meta_to_timm, stated_origin, tensors_sha256
 
 SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -68,14 +68,14 @@ def huggingface_layout(model: Any, *, gated: bool = False) -> dict[str, Tensor]:
 @pytest.fixture
 def source() -> nn.Module:
     torch.manual_seed(0)
-    model = create_vit("vit_small", model_args=SMALL)
+    model = create_backbone("vit_small", model_args=SMALL)
     for parameter in model.parameters():
         nn.init.normal_(parameter)
     return model
 
 
 def fresh() -> nn.Module:
-    return create_vit("vit_small", model_args=SMALL)
+    return create_backbone("vit_small", model_args=SMALL)
 
 
 @pytest.mark.parametrize("wrap", [None, "model", "state_dict"])
@@ -89,7 +89,7 @@ def test_metas_layout_loads_to_the_same_model(source: nn.Module, tmp_path: Path,
 
 def test_the_released_vit_large_has_exactly_the_keys_and_shapes_that_are_expected() -> None:
     with torch.device("meta"):
-        large = create_vit("vit_large_patch16_dinov3.lvd1689m")
+        large = create_backbone("vit_large_patch16_dinov3.lvd1689m")
     state = {key: torch.zeros(()).expand(value.shape) for key, value in meta_layout(large).items()}
     renamed = meta_to_timm(state, has_qkv_bias=False, where="test")
     expected = {key: value.shape for key, value in large.state_dict().items()}
@@ -106,7 +106,7 @@ def test_safetensors_in_timms_layout_load(source: nn.Module, tmp_path: Path) -> 
 
 
 def test_qkv_biases_go_to_the_variant_that_has_them(tmp_path: Path) -> None:
-    target = create_vit("vit_tiny", model_args=SMALL)
+    target = create_backbone("vit_tiny", model_args=SMALL)
     torch.save(meta_layout(target, qkv_bias=0.25), tmp_path / "tiny.pth")
     load_weights(target, tmp_path / "tiny.pth")
     assert target.blocks[1].attn.q_bias.eq(0.25).all()
@@ -178,7 +178,7 @@ def test_a_checkpoint_of_a_trainer_is_not_taken_for_a_state_dict(tmp_path: Path)
 
 def test_metas_dinov2_keys_load_with_positions_of_another_image_size(tmp_path: Path) -> None:
     arch = "vit_small_patch14_reg4_dinov2"
-    source = create_vit(arch, model_args={"img_size": 70, "depth": 1})
+    source = create_backbone(arch, model_args={"img_size": 70, "depth": 1})
     meta = {key.replace("reg_token", "register_tokens"): value for key, value in source.state_dict().items()}
     # Meta adds a position to the class token; timm holds the sum.
     position = torch.randn(1, 1, 384)
@@ -186,11 +186,11 @@ def test_metas_dinov2_keys_load_with_positions_of_another_image_size(tmp_path: P
     meta["cls_token"] = meta["cls_token"] - position
     meta["mask_token"] = torch.zeros(1, 384)
     torch.save(meta, tmp_path / "dinov2_vits14_reg4_pretrain.pth")
-    same = create_vit(arch, model_args={"img_size": 70, "depth": 1})
+    same = create_backbone(arch, model_args={"img_size": 70, "depth": 1})
     load_weights(same, tmp_path / "dinov2_vits14_reg4_pretrain.pth")
     for key, value in source.state_dict().items():
         torch.testing.assert_close(same.state_dict()[key], value)
-    smaller = create_vit(arch, model_args={"img_size": 42, "depth": 1})
+    smaller = create_backbone(arch, model_args={"img_size": 42, "depth": 1})
     load_weights(smaller, tmp_path / "dinov2_vits14_reg4_pretrain.pth")
     expected = resample_abs_pos_embed(source.pos_embed, (3, 3), num_prefix_tokens=0)
     torch.testing.assert_close(smaller.pos_embed, expected)
@@ -200,7 +200,7 @@ def test_metas_dinov2_keys_load_with_positions_of_another_image_size(tmp_path: P
     ("arch", "gated"), [("vit_small_patch16_dinov3_qkvb", False), ("vit_huge_plus_patch16_dinov3", True)]
 )
 def test_hugging_faces_keys_give_the_same_weights(arch: str, gated: bool, tmp_path: Path) -> None:
-    model = create_vit(arch, model_args=SMALL)
+    model = create_backbone(arch, model_args=SMALL)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter)
     theirs = huggingface_layout(model, gated=gated)
@@ -208,25 +208,25 @@ def test_hugging_faces_keys_give_the_same_weights(arch: str, gated: bool, tmp_pa
     folder.mkdir()
     save_file(theirs, folder / "model.safetensors")
     for place in (folder, folder / "model.safetensors"):
-        other = create_vit(arch, model_args=SMALL)
+        other = create_backbone(arch, model_args=SMALL)
         load_weights(other, place)
         assert tensors_sha256(other.state_dict()) == tensors_sha256(model.state_dict())
 
 
 def test_the_teacher_of_a_training_checkpoint_loads_without_its_heads(tmp_path: Path) -> None:
-    source = create_vit("vit_small", model_args=SMALL)
+    source = create_backbone("vit_small", model_args=SMALL)
     state = {f"backbone.{key}": value for key, value in meta_layout(source).items()}
     state["dino_head.mlp.0.weight"] = torch.zeros(4, 32)
     torch.save({"teacher": state, "iteration": 12}, tmp_path / "teacher_checkpoint.pth")
-    model = create_vit("vit_small", model_args=SMALL)
+    model = create_backbone("vit_small", model_args=SMALL)
     load_weights(model, tmp_path / "teacher_checkpoint.pth")
     assert tensors_sha256(model.state_dict()) == tensors_sha256(source.state_dict())
 
 
 def test_weights_of_another_architecture_are_told_in_one_line_with_the_likely_one(tmp_path: Path) -> None:
-    save_file(create_vit("vit_tiny").state_dict(), tmp_path / "w.safetensors")
+    save_file(create_backbone("vit_tiny").state_dict(), tmp_path / "w.safetensors")
     with pytest.raises(UserError) as error:
-        load_weights(create_vit("vit_small"), tmp_path / "w.safetensors")
+        load_weights(create_backbone("vit_small"), tmp_path / "w.safetensors")
     assert "width 192, depth 12 and patch size 16, likely vit_tiny_patch16_dinov3" in str(error.value)
     assert "\n" not in str(error.value) and len(str(error.value)) < 500
 
@@ -241,7 +241,7 @@ def test_the_files_rope_periods_are_returned_and_tell_another_number_of_heads(so
     assert load_weights(target, tmp_path / "timm.safetensors") is None
     # The number of heads shows in no weight.
     with pytest.raises(UserError, match=r"dinov3.pth: 4 rope_embed.periods, the model has 2.*another number of heads"):
-        load_weights(create_vit("vit_small", model_args=SMALL | {"num_heads": 4}), tmp_path / "dinov3.pth")
+        load_weights(create_backbone("vit_small", model_args=SMALL | {"num_heads": 4}), tmp_path / "dinov3.pth")
 
 
 def test_what_is_stated_of_weights_is_read_beside_them(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from cache_tools.build import run_build
-from cache_tools.format import CacheCorrupt, CacheIncomplete, CacheMismatch, CodecName
+from cache_tools.layout import CacheCorrupt, CacheIncomplete, CacheMismatch, CodecName
 from cache_tools.read import TeacherCache
 from cache_tools.verify import repair_cache, verify_against_teacher, verify_cache
 from tests.cache_tools.synthetic import SyntheticReader, SyntheticTeacher, synthetic_batch, synthetic_request

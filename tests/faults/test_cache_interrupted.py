@@ -14,7 +14,7 @@ import pytest
 from cache_tools import build as build_module
 from cache_tools.build import BuildRequest, check_disk, run_build
 from cache_tools.commit import shard_lock
-from cache_tools.format import CacheIncomplete, Paths, partial_path
+from cache_tools.layout import CacheIncomplete, Paths, partial_path
 from cache_tools.read import TeacherCache
 from cache_tools.verify import verify_cache
 from common.errors import UserError

@@ -17,7 +17,7 @@ from pipeline.loader import open_loader
 from pipeline.order import epoch_order
 from pipeline.readers import read_center_crops, read_teacher_crops
 from shards.folder import ShardFolder
-from shards.format import INDEX_NAME, MANIFEST_NAME, load_index, load_manifest, write_index
+from shards.manifest import INDEX_NAME, MANIFEST_NAME, load_index, load_manifest, write_index
 from shards.pack import pack
 
 ROWS = 24

@@ -10,7 +10,7 @@ from common.errors import UserError
 from pipeline.augmentation import Augmentation
 from pipeline.loader import open_loader
 from shards.folder import ShardFolder
-from shards.format import INDEX_NAME, MANIFEST_NAME
+from shards.manifest import INDEX_NAME, MANIFEST_NAME
 from shards.pack import pack
 
 ROWS = 10

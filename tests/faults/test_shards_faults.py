@@ -20,7 +20,7 @@ import simplejpeg
 
 from common.errors import UserError
 from shards.__main__ import main
-from shards.format import WORK_FOLDER, load_manifest
+from shards.manifest import WORK_FOLDER, load_manifest
 from shards.pack import pack
 from shards.sources import SourceOptions
 from shards.workers import only_packer

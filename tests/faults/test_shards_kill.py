@@ -16,7 +16,7 @@ import pytest
 import simplejpeg
 
 from common.errors import UserError
-from shards.format import load_manifest
+from shards.manifest import load_manifest
 from shards.pack import pack
 from shards.verify import verify
 from tests.faults.forks import FORKS

@@ -8,7 +8,7 @@ import torch
 from distill.evaluation.features import FeatureModel, extract_patch_tokens
 from distill.evaluation.logistic import fit_logistic
 from distill.evaluation.measures import knn_predict
-from distill.models import create_vit
+from distill.models import create_backbone
 from pipeline.batch import normalise
 
 pytestmark = [
@@ -56,7 +56,7 @@ def test_neighbours_vote_as_on_the_cpu() -> None:
 def test_tokens_agree_with_the_cpu(dtype: torch.dtype, bound: float) -> None:
     torch.manual_seed(0)
     args = {"embed_dim": 64, "depth": 2, "num_heads": 2, "init_values": 1.0}
-    model = create_vit("vit_small", patch_size=8, model_args=args)
+    model = create_backbone("vit_small", patch_size=8, model_args=args)
     crops = torch.randint(0, 256, (4, 48, 48, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     here = extract_patch_tokens(FeatureModel(model, normalise), crops)
     there = extract_patch_tokens(FeatureModel(model.cuda(), normalise), crops.cuda(), dtype=dtype)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from benchmarks.synthetic import write_images
-from pipeline.augmentation import preset
+from pipeline.augmentation import named_augmentation
 from pipeline.loader import open_loader
 from pipeline.readers import in_batches, read_center_crops, read_teacher_crops
 from shards.pack import pack
@@ -35,7 +35,7 @@ def shards(tmp_path_factory):
 
 
 def _open(shards, backend, device="cuda", **changes):
-    arguments = {"global_batch_size": BATCH, "seed": 1, "augmentation": preset("dino"), "num_threads": 4}
+    arguments = {"global_batch_size": BATCH, "seed": 1, "augmentation": named_augmentation("dino"), "num_threads": 4}
     return open_loader(shards, device=device, backend=backend, **(arguments | changes))
 
 
@@ -77,8 +77,8 @@ def test_a_teachers_crop_does_not_depend_on_its_batch(shards, backend, load):
     (batch,) = _take(shards, 1, backend, hw_decoder=load)
     read = list(
         read_teacher_crops(
-            shards, in_batches(batch.rows[::-1], 5), view_set=0, seed=1, augmentation=preset("dino"), backend=backend,
-            device="cuda", num_threads=2, hw_decoder=load,
+            shards, in_batches(batch.rows[::-1], 5), view_set=0, seed=1, augmentation=named_augmentation("dino"),
+            backend=backend, device="cuda", num_threads=2, hw_decoder=load,
         )
     )  # fmt: skip
     crops = torch.cat([r.crops.unflatten(0, (2, -1)) for r in read], 1).flip(1).flatten(0, 1)

@@ -18,7 +18,7 @@ import train
 from cache_tools.__main__ import main as cache_tools
 from demo.images import compose_images
 from distill.export import Card, export_model
-from distill.models import create_vit
+from distill.models import create_backbone
 from distill.runtime import parse_config, process_group
 from shards.pack import pack
 
@@ -69,7 +69,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
         name="teacher", student_arch="vit_small", teacher_arch="random", licence="MIT", step=0, ema=False,
         img_size=48, probe=None,
     )  # fmt: skip
-    export_model(create_vit("vit_small", patch_size=8, model_args=args).eval(), place.teacher, card=card)
+    export_model(create_backbone("vit_small", patch_size=8, model_args=args).eval(), place.teacher, card=card)
     build = ["build", "--shards", place.shards, "--cache", place.cache, "--view_sets", 2, "--device", "cpu"]
     status = cache_tools([str(w) for w in [*build, "--teacher_arch", f"local-dir:{place.teacher}", *CROPS]])
     assert status == 0

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 import train
 from common.locks import file_lock
 from distill.checkpoint import list_checkpoints, load_newest
-from distill.models import create_vit
+from distill.models import create_backbone
 from distill.step import DistillStep
 from shards.pack import pack
 
@@ -130,7 +130,7 @@ def test_local_weights_after_a_download_that_failed(
     assert status == 2 and "Give a local file with --teacher_pretrained_weights" in printed
     torch.manual_seed(0)
     weights = tmp_path / "weights.safetensors"
-    save_file(create_vit(name).state_dict(), weights)
+    save_file(create_backbone(name).state_dict(), weights)
     status, printed = command(workplace.flags(tmp_path / "run", *flags, "--teacher_pretrained_weights", weights))
     assert status == 0, printed
     # The same file in another place is the same teacher.

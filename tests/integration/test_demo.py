@@ -11,7 +11,7 @@ from pathlib import Path
 from demo import CROPS, STUDENT_FLAGS, crop_flags
 from demo.images import compose_images
 from distill.runtime import parse_config
-from shards.format import load_manifest
+from shards.manifest import load_manifest
 
 from .conftest import ROOT
 

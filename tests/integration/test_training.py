@@ -20,7 +20,7 @@ from cache_tools.read import TeacherCache
 from common.errors import UserError
 from distill.checkpoint import list_checkpoints, load_newest, load_student
 from distill.export import Card, export_model
-from distill.models import create_student, create_vit
+from distill.models import create_backbone, create_student
 from distill.prototypes import load_prototypes
 from distill.runtime import Ranks, parse_config
 from distill.step import METRIC_NAMES, TERMS, DistillStep, StepInputs, StepScalars
@@ -338,7 +338,7 @@ def test_a_teacher_of_another_patch_size_teaches_alike_live_and_cached(
 ) -> None:
     torch.manual_seed(0)
     args = {"embed_dim": 64, "depth": 2, "num_heads": 2, "init_values": 0.5, "img_size": 42}
-    model = create_vit("vit_small_patch14_reg4_dinov2", model_args=args).eval()
+    model = create_backbone("vit_small_patch14_reg4_dinov2", model_args=args).eval()
     card = Card(
         name="teacher", student_arch="dinov2", teacher_arch="random", licence="MIT", step=0, ema=False, img_size=42,
         probe=None,

@@ -5,11 +5,11 @@ from dataclasses import fields, replace
 import pytest
 
 from common.errors import UserError
-from pipeline.augmentation import Augmentation, preset
+from pipeline.augmentation import Augmentation, named_augmentation
 
 
 def test_preset_dino_has_the_defaults_of_the_dino_code():
-    a = preset("dino")
+    a = named_augmentation("dino")
     assert (a.global_crops_scale, a.local_crops_scale) == ((0.4, 1.0), (0.05, 0.4))
     assert (a.num_global_crops, a.num_local_crops, a.global_crops_size, a.local_crops_size) == (2, 8, 224, 96)
     assert (a.brightness, a.contrast, a.saturation, a.hue, a.jitter_prob) == (0.4, 0.4, 0.2, 0.1, 0.8)
@@ -17,14 +17,14 @@ def test_preset_dino_has_the_defaults_of_the_dino_code():
 
 
 def test_preset_dinov2_released_blurs_with_the_released_probabilities():
-    a = preset("dinov2_released")
+    a = named_augmentation("dinov2_released")
     assert (a.blur_prob_global, a.blur_prob_local) == ((0.0, 0.9), 0.5)
     assert (a.global_crops_scale, a.local_crops_scale) == ((0.32, 1.0), (0.05, 0.32))
 
 
 def test_unknown_preset_offers_the_closest_name():
     with pytest.raises(UserError, match=r"'dinov2_release' is unknown. Did you mean 'dinov2_released'\?"):
-        preset("dinov2_release")
+        named_augmentation("dinov2_release")
 
 
 def test_masked_patches_are_whole_units():

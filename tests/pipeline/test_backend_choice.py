@@ -90,9 +90,10 @@ def test_the_whole_path_runs_where_dali_is_not_installed(shards):
 
         sys.meta_path.insert(0, Absent())
         import pipeline.loader, pipeline.dali, pipeline.torch_crops, pipeline.cpu_crops
-        from pipeline.augmentation import preset
+        from pipeline.augmentation import named_augmentation
         from pipeline.loader import open_loader
-        with open_loader(sys.argv[1], device="cpu", global_batch_size=4, seed=0, augmentation=preset("dino")) as loader:
+        crops = named_augmentation("dino")
+        with open_loader(sys.argv[1], device="cpu", global_batch_size=4, seed=0, augmentation=crops) as loader:
             print(loader.backend, tuple(next(loader).global_crops.shape))
         assert not [name for name in sys.modules if name.startswith("nvidia.dali")]
     """

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.augmentation import preset
+from pipeline.augmentation import named_augmentation
 from pipeline.cpu_crops import CpuCrops
 from pipeline.cpu_crops import distort as cpu_distort
 from pipeline.crops import BackendOptions, center_work, training_work
@@ -31,7 +31,7 @@ COLOUR_MAX, COLOUR_SHARE = 1, 0.1
 # relative error of 1e-7, times 255, times a few terms.
 BLUR_MAX, BLUR_SHARE = 1, 1e-3
 
-WHOLE_CHAIN = replace(preset("dino"), solarize_prob_global=(0.5, 0.5), blur_prob_global=(0.5, 0.5))
+WHOLE_CHAIN = replace(named_augmentation("dino"), solarize_prob_global=(0.5, 0.5), blur_prob_global=(0.5, 0.5))
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def test_cpu_clean_crops_are_as_near_to_dalis_at_the_edge_as_inside(dali_crops, 
 @pytest.mark.parametrize(("other", "mean"), [("torch", TORCH_MEAN), ("cpu", CPU_MEAN)])
 def test_odd_images_are_cropped_as_dali_crops_them(odd_shards, make_crops, other, mean):
     pytest.importorskip("nvidia.dali", reason="needs DALI: pip install nvidia-dali-cuda130")
-    a = preset("dino")
+    a = named_augmentation("dino")
     work = training_work(a, teacher_crops=True)
     with ShardFolder(odd_shards) as odd:
         rows = np.arange(len(odd))
@@ -246,7 +246,11 @@ def test_a_crop_of_the_whole_image_at_its_size_is_the_image(source, backend, mak
     rows = np.flatnonzero((source.index.height == 224) & (source.index.width == 224))
     assert len(rows) > 2
     a = replace(
-        preset("dino"), num_global_crops=1, num_local_crops=0, blur_prob_global=(1.0,), solarize_prob_global=(1.0,)
+        named_augmentation("dino"),
+        num_global_crops=1,
+        num_local_crops=0,
+        blur_prob_global=(1.0,),
+        solarize_prob_global=(1.0,),
     )
     work = training_work(a, teacher_crops=True)
     plan = _whole_image_plan(source.sizes(rows))
@@ -261,7 +265,7 @@ def test_a_crop_of_the_whole_image_at_its_size_is_the_image(source, backend, mak
 
 
 def test_crops_do_not_depend_on_order_batch_size_threads_or_a_partial_batch(backend, make_crops):
-    a = preset("dino")
+    a = named_augmentation("dino")
     work = training_work(a, teacher_crops=True)
     rows = np.arange(18)
     order = np.random.default_rng(0).permutation(18)
@@ -273,11 +277,15 @@ def test_crops_do_not_depend_on_order_batch_size_threads_or_a_partial_batch(back
 
 def test_clean_crops_are_the_global_crops_before_photometrics(backend, make_crops):
     plain = replace(
-        preset("dino"), jitter_prob=0.0, gray_prob=0.0, blur_prob_global=(0.0, 0.0), solarize_prob_global=(0.0, 0.0)
+        named_augmentation("dino"),
+        jitter_prob=0.0,
+        gray_prob=0.0,
+        blur_prob_global=(0.0, 0.0),
+        solarize_prob_global=(0.0, 0.0),
     )
     crops = make_crops(backend, np.arange(6), training_work(plain, teacher_crops=True), augmentation=plain)
     assert np.array_equal(crops["clean_crops"], crops["global_crops"])
-    a = preset("dino")
+    a = named_augmentation("dino")
     distorted = make_crops(backend, np.arange(6), training_work(a, teacher_crops=True), augmentation=a)
     assert np.array_equal(distorted["clean_crops"], crops["clean_crops"])
     assert not np.array_equal(distorted["clean_crops"], distorted["global_crops"])

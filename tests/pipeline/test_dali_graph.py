@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pipeline.augmentation import preset
+from pipeline.augmentation import named_augmentation
 from pipeline.crops import BackendOptions, training_work
 from pipeline.dali import _build
 
@@ -28,7 +28,7 @@ def decoder(monkeypatch):
 @pytest.mark.parametrize("load", [False, True])
 def test_a_gpu_decodes_by_one_engine_into_memory_taken_at_once(decoder, load):
     options = BackendOptions(torch.device("cuda", 1), 6, 16, load)
-    pipe = _build(training_work(preset("dino"), teacher_crops=True), options)
+    pipe = _build(training_work(named_augmentation("dino"), teacher_crops=True), options)
     assert (pipe.device_id, pipe.num_threads, pipe.max_batch_size) == (1, 6, 16)
     assert pipe.exec_dynamic  # outputs stay valid after they are released
     assert decoder["device"] == "mixed"
@@ -43,7 +43,9 @@ def test_a_gpu_decodes_by_one_engine_into_memory_taken_at_once(decoder, load):
 
 
 def test_a_cpu_runs_the_same_graph_without_a_device(decoder):
-    pipe = _build(training_work(preset("dino"), teacher_crops=True), BackendOptions(torch.device("cpu"), 2, 4))
+    pipe = _build(
+        training_work(named_augmentation("dino"), teacher_crops=True), BackendOptions(torch.device("cpu"), 2, 4)
+    )
     assert pipe.device_id is None
     assert decoder["device"] == "cpu"
     assert decoder["adjust_orientation"] is False

@@ -15,7 +15,7 @@ from pipeline.masks import block_masks
 from pipeline.order import epoch_order
 from pipeline.plan import crop_plan, global_crops_spec
 from pipeline.readers import in_batches, read_center_crops, read_teacher_crops
-from shards.format import load_index
+from shards.manifest import load_index
 
 ROWS = 48
 SMALL = Augmentation(num_local_crops=2, global_crops_size=48, local_crops_size=24, patch_size=8, mask_patch_size=16)

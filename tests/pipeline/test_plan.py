@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import UserError
-from pipeline.augmentation import Augmentation, preset
+from pipeline.augmentation import Augmentation, named_augmentation
 from pipeline.plan import (
     PLAN_VERSION,
     box_test_vector,
@@ -43,14 +43,14 @@ def _plan(n=64, *, view_set=0, epoch=0, seed=1, size=(375, 500), augmentation=No
     uids = np.arange(n, dtype=np.uint64) if uids is None else uids
     sizes = np.tile(np.array(size), (len(uids), 1))
     return crop_plan(
-        uids, sizes, view_set=view_set, epoch=epoch, seed=seed, augmentation=augmentation or preset("dino")
+        uids, sizes, view_set=view_set, epoch=epoch, seed=seed, augmentation=augmentation or named_augmentation("dino")
     )
 
 
 @pytest.mark.parametrize(("name", "view_set"), GOLDEN_BOXES)
 def test_global_boxes_of_a_thousand_ids_never_change(name, view_set):
     assert PLAN_VERSION == GOLDEN_VERSION
-    assert box_test_vector(GOLDEN_SEED, preset(name), view_set) == GOLDEN_BOXES[name, view_set]
+    assert box_test_vector(GOLDEN_SEED, named_augmentation(name), view_set) == GOLDEN_BOXES[name, view_set]
 
 
 def _digest(*arrays):
@@ -63,13 +63,13 @@ def _digest(*arrays):
 def _thousand(**changes):
     uids = np.arange(1, 1001, dtype=np.uint64) * np.uint64(0xD1342543DE82EF95)
     sizes = np.stack([1 + uids % np.uint64(1999), 1 + (uids >> np.uint64(32)) % np.uint64(1999)], -1)
-    arguments = {"view_set": 2, "epoch": 7, "seed": GOLDEN_SEED, "augmentation": preset("dino")}
+    arguments = {"view_set": 2, "epoch": 7, "seed": GOLDEN_SEED, "augmentation": named_augmentation("dino")}
     return crop_plan(uids, sizes, **(arguments | changes))
 
 
 @pytest.mark.parametrize("photometric", [False, True])
 def test_no_bit_of_the_whole_plan_of_a_thousand_ids_ever_changes(photometric):
-    plan = _thousand(augmentation=replace(preset("dino"), teacher_photometric=photometric))
+    plan = _thousand(augmentation=replace(named_augmentation("dino"), teacher_photometric=photometric))
     assert _digest(plan.boxes, plan.flips, plan.blur_sigma, plan.solarize) == GOLDEN_PLAN[photometric]
     # Colours alone pass through sine and cosine, whose last bit is the machine's: a grid above float32's rounding.
     assert _digest(np.rint(plan.colour.astype(np.float64) * 2**16).astype(np.int64)) == GOLDEN_COLOURS[photometric]
@@ -85,7 +85,7 @@ def test_the_golden_plan_sees_one_bit_of_any_part():
 
 
 def test_golden_boxes_change_with_seed_view_set_and_geometry():
-    base = preset("dino")
+    base = named_augmentation("dino")
     variants = [
         box_test_vector(1, base), box_test_vector(2, base), box_test_vector(1, base, 1),
         box_test_vector(1, replace(base, flip_prob=0.4)),
@@ -276,7 +276,7 @@ def test_undistorted_keeps_geometry_only():
 )
 def test_impossible_sizes_are_refused(uids, sizes, message):
     with pytest.raises(UserError, match=message):
-        crop_plan(uids, sizes, view_set=0, epoch=0, seed=0, augmentation=preset("dino"))
+        crop_plan(uids, sizes, view_set=0, epoch=0, seed=0, augmentation=named_augmentation("dino"))
 
 
 def test_centre_crop_ratio_out_of_range_is_refused():

@@ -16,7 +16,7 @@ import pytest
 import simplejpeg
 from PIL import Image, ImageChops
 
-from shards.format import RowFlag
+from shards.manifest import RowFlag
 
 DATA = Path(__file__).parent / "data"
 Pixels = npt.NDArray[np.uint8]

@@ -14,8 +14,8 @@ from PIL import Image
 
 from shards.__main__ import main
 from shards.folder import ShardFolder
-from shards.format import load_index
 from shards.inspection import find_row
+from shards.manifest import load_index
 
 
 @pytest.fixture(scope="module")

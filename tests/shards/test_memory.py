@@ -21,8 +21,8 @@ INDEX_PART = """
 import json, sys
 from pathlib import Path
 import numpy as np
-from shards.format import ShardEntry
-from shards.format import COLUMN_DTYPES, write_index
+from shards.manifest import ShardEntry
+from shards.manifest import COLUMN_DTYPES, write_index
 from shards.shard_writer import ROW_COLUMNS, ShardRecord, merged_columns, read_record, write_record
 
 folder, num_rows = Path(sys.argv[1]), int(sys.argv[2])

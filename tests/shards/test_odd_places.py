@@ -18,7 +18,7 @@ import pytest
 from common.atomic import explain_disk_errors, write_atomic
 from common.errors import UserError
 from shards.__main__ import main
-from shards.format import load_index, name_uid
+from shards.manifest import load_index, name_uid
 from shards.pack import pack
 from shards.sources import SourceOptions, recognise
 from shards.verify import verify

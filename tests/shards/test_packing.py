@@ -16,7 +16,7 @@ import pytest
 import simplejpeg
 
 from common.errors import UserError
-from shards.format import (
+from shards.manifest import (
     RowFlag,
     ShardIndex,
     add_sample,

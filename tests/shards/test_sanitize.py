@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from shards.format import RowFlag
+from shards.manifest import RowFlag
 from shards.sanitize import ImageRejected, ImageWarned, sanitise
 
 # For sources that are lossy themselves. Quality 95 quantises luma in steps of 1 to 12 and chroma in steps of 2

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from common.errors import UserError
-from shards.format import Manifest, load_index, name_uid
+from shards.manifest import Manifest, load_index, name_uid
 from shards.pack import pack
 from shards.sources import SourceOptions, recognise
 from shards.sources.labels import load_classes

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from common.errors import UserError
-from shards.format import load_index, load_manifest, padded
+from shards.manifest import load_index, load_manifest, padded
 from shards.pack import pack
 from shards.verify import Fault, verify
 

@@ -96,7 +96,7 @@ def create_student(config: StudentConfig, *, seed: int) -> nn.Module:
         "depth": config.depth,
         "num_heads": config.num_heads,
         "init_values": config.layer_scale,
-        "drop_path_rate": config.drop_path_rate,
+        "drop_path_rate": config.drop_path_rate or None,  # not every CNN takes it
     }
     args = {name: value for name, value in overrides.items() if value is not None}
     # Global and local crops differ in size, which timm's ViTs with absolute positions take only if told so.
@@ -154,7 +154,7 @@ def check_plain_student(model: nn.Module, crop_sizes: Sequence[int], *, arch: st
         try:
             with torch.no_grad():
                 patches = cls_and_patches(copy.deepcopy(model).eval(), torch.zeros(1, 3, size, size))[1]
-        except (RuntimeError, AssertionError) as error:
+        except (RuntimeError, AssertionError, AttributeError) as error:
             raise UserError(
                 f"--arch {arch}: it does not take crops of {size} pixels ({str(error).splitlines()[0]}). "
                 "Choose another student."

@@ -104,6 +104,7 @@ PLAIN = [
     ("swin_tiny_patch4_window7_224", 32, (96, 64), (768, 768)),  # a map with the channels last
     ("convnext_atto", 32, (96, 64), (320, 320)),
     ("resnet18", 32, (96, 64), (512, 512)),
+    ("densenet121", 32, (96, 64), (1024, 1024)),  # takes no drop path
     ("mobilenetv3_small_050", 32, (96, 64), (288, 1024)),  # a layer between map and pooled features
 ]
 
@@ -145,6 +146,13 @@ def test_a_patch_size_that_is_not_the_architectures_is_refused_with_the_right_on
 def test_masks_are_refused_for_a_student_that_cannot_be_packed(arch: str) -> None:
     with pytest.raises(UserError, match=f"{arch}: masks of the student's input need the packed pass"):
         check_plain_student(torch.nn.Identity(), (48,), arch=arch, masks=True)
+
+
+def test_a_model_whose_features_are_no_tokens_is_refused() -> None:
+    arch = "crossvit_tiny_240"  # two sequences of tokens
+    model = create_student(StudentConfig(arch=arch, patch_size=17), seed=0)
+    with pytest.raises(UserError, match=f"{arch}.*Choose another student"):
+        check_plain_student(model, (51,), arch=arch, masks=False)
 
 
 def test_a_model_of_one_input_size_is_refused_for_crops_of_another() -> None:

@@ -184,7 +184,7 @@ class HostStage:
         """Return a copy of `state` on the host that later steps do not change."""
         staged: dict[str, Any] = self._copy(state, "")
         if torch.cuda.is_available():
-            torch.cuda.synchronize()
+            torch.cuda.synchronize()  # the next step changes what the copies still read
         return staged
 
     def _copy(self, value: Any, name: str) -> Any:

@@ -132,7 +132,7 @@ class DaliCrops:
         """Free the graph, its threads and its memory."""
         self.reset()
         for _, event in self._held:
-            event.synchronize()
+            event.synchronize()  # the GPU may still read what is let go of below
         self._held.clear()
 
     def _start(self) -> None:

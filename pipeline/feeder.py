@@ -25,7 +25,7 @@ class _Shared(Generic[T]):
     """What the thread and its consumer share; the thread holds no reference to the `Feeder`."""
 
     def __init__(self, depth: int) -> None:
-        self.changed = threading.Condition()
+        self.changed = threading.Condition()  # guards all below; told at each item taken, given, and at the end
         self.items: deque[T] = deque()
         self.depth = depth
         self.stop = False

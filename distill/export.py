@@ -343,8 +343,8 @@ def render_card(card: Card, model: nn.Module) -> str:
             "If the file holds others, theirs counts: look it up, and export again with --licence."
         )
     front = ["library_name: timm", "tags: [image-feature-extraction, distillation]"]
-    if card.licence in HUB_LICENCES:
-        front.insert(0, f"license: {card.licence}")
+    if card.licence.lower() in HUB_LICENCES:
+        front.insert(0, f"license: {card.licence.lower()}")
     elif card.licence != UNKNOWN_LICENCE:
         front.insert(0, f"license: other\nlicense_name: {card.licence}")
     return f"""---

@@ -351,6 +351,7 @@ def test_the_card_states_the_teachers_licence() -> None:
     assert "Pass these weights on only under that agreement" in meta
     assert "21.6 M parameters" in meta
     assert "license: apache-2.0" in render_card(a_card(licence="apache-2.0"), small_vit())
+    assert "license: mit" in render_card(a_card(licence="MIT"), small_vit())
     unknown = render_card(a_card(licence="unknown"), small_vit())
     assert "license" not in unknown.split("---")[1]
     assert "look it up before you share these weights" in unknown

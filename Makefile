@@ -20,7 +20,7 @@ export OMP_NUM_THREADS ?= 1
 path = "$(if $(filter ~/%,$(firstword $1)),$(patsubst ~/%,$(HOME)/%,$1),$1)"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint shards verify-shards cache verify-cache train probe export bench bench-gpu test-gpu
+.PHONY: help setup demo test test-slow lint shards verify-shards cache verify-cache train probe export evidence bench bench-gpu test-gpu
 
 help: ## Print this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -42,6 +42,7 @@ EXAMPLE_verify-shards := SHARDS=/data/shards/train
 EXAMPLE_cache := SHARDS=/data/shards/train CACHE=/nvme/cache NGPU=8
 EXAMPLE_verify-cache := CACHE=/nvme/cache
 EXAMPLE_train := SHARDS=/data/shards/train CACHE=/nvme/cache NGPU=8 RUN=runs/first
+EXAMPLE_evidence := SHARDS=/data/shards/train VAL=/data/shards/val CACHE=/nvme/cache ARGS="--data imagenet --recipes five regression"
 EXAMPLE_probe := RUN=runs/first
 EXAMPLE_export := RUN=runs/first
 GOAL := $(firstword $(MAKECMDGOALS))
@@ -49,7 +50,7 @@ need-%:
 	@test -n "$($*)" || { echo "make $(GOAL) needs $*, for example: make $(GOAL) $(EXAMPLE_$(GOAL))"; \
 	  echo "No data at hand? make demo runs the whole path on a small set it makes itself."; exit 1; }
 
-demo: setup ## The whole path on a small image set it makes itself: about 6 minutes on 2 cores
+demo: setup ## The whole path on a small image set it makes itself: 5 to 10 minutes on 2 cores
 	$(PY) -m demo $(ARGS)
 
 test: lint ## Lint, types, import directions, then every test that fits a CPU
@@ -84,6 +85,10 @@ probe: need-RUN setup ## k-NN and linear probe of student, teacher and random we
 
 export: need-RUN setup ## Write the student as timm and torch.hub load it: RUN=
 	$(PY) -m distill.export --run $(call path,$(RUN)) $(ARGS)
+
+evidence: need-SHARDS need-VAL need-CACHE setup ## Compare recipes over seeds: SHARDS= VAL= CACHE= ARGS="--data NAME --recipes ..."
+	$(PY) -m benchmarks.evidence --train $(call path,$(SHARDS)) --val $(call path,$(VAL)) \
+	  --cache $(call path,$(CACHE)) $(ARGS)
 
 bench: setup ## Measure data path, cache and kernel on this machine; rows go to benchmarks/results/
 	$(PY) -m benchmarks.bench_shards $(ARGS)

@@ -17,8 +17,7 @@ import tyro
 
 from common.errors import UserError, run_command
 from demo import CROPS, PATCH_SIZE, STUDENT_FLAGS, TRAIN_FLAGS, VIEW_SETS, DemoConfig, crop_flags
-from demo.images import compose_images
-from demo.teacher import train_teacher
+from demo.inputs import compose_images, train_teacher
 from distill.evaluation.figures import image_grid_figure, write_figure
 from pipeline.augmentation import Augmentation
 from pipeline.loader import open_loader

@@ -26,7 +26,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from demo.images import compose_images  # noqa: E402
+from demo.inputs import compose_images  # noqa: E402
 from distill.export import Card, export_model  # noqa: E402
 from distill.models import create_backbone  # noqa: E402
 from pipeline.augmentation import named_augmentation  # noqa: E402

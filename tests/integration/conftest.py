@@ -16,7 +16,7 @@ import torch
 
 import train
 from cache_tools.__main__ import main as cache_tools
-from demo.images import compose_images
+from demo.inputs import compose_images
 from distill.export import Card, export_model
 from distill.models import create_backbone
 from distill.runtime import parse_config, process_group

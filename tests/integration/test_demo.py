@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from demo import CROPS, STUDENT_FLAGS, crop_flags
-from demo.images import compose_images
+from demo.inputs import compose_images
 from distill.runtime import parse_config
 from shards.manifest import load_manifest
 

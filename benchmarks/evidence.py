@@ -1,0 +1,154 @@
+"""Trains recipes over seeds on the same shards and cache, probes each student, and keeps a row of each.
+
+python -m benchmarks.evidence --data NAME --train SHARDS --val SHARDS --cache CACHE --recipes five regression
+
+Runs are resumed where they stopped, and rows that are there are not made again: the same command goes on.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import resource
+import shlex
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from benchmarks.results import append_rows, commit, hardware
+from common.errors import UserError, run_command
+
+RESULTS = Path(__file__).parent / "results" / "evidence.csv"
+MEASURES = ("knn", "linear", "cosine", "rankme")
+_KEY = ("data", "recipe", "flags", "seed")
+
+
+@dataclass(frozen=True)
+class EvidenceArgs:
+    """Options of the comparison."""
+
+    data: str
+    """Name of the data in the rows."""
+    train: str
+    """Folder of training shards."""
+    val: str
+    """Folder of validation shards."""
+    cache: str
+    """The teacher's outputs, one cache for all recipes."""
+    recipes: tuple[str, ...]
+    """Presets, each with flags over it where wanted: five "five --spd_loss_weight 20"."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of the student's initialisation: one run each."""
+    flags: str = ""
+    """Flags of train.py for every run: teacher, crops, student, length."""
+    probe_flags: str = ""
+    """Flags of probe.py for every run."""
+    output: str = "runs/evidence"
+    """Folder of the runs."""
+    results: str = str(RESULTS)
+    """CSV file of the rows."""
+
+
+def gather(args: EvidenceArgs) -> list[dict[str, str]]:
+    """Make the rows that are missing, print the table and return the rows that were asked for.
+
+    Raises:
+        UserError: no recipe or seed, or a run or its probe failed.
+    """
+    if not args.recipes or not args.seeds:
+        raise UserError("--recipes and --seeds: one of each at least. Name presets, as in --recipes five regression.")
+    path = Path(args.results)
+    for seed in args.seeds:  # seed by seed: a comparison that is cut short has whole seeds
+        for recipe in args.recipes:
+            if not any(_is(row, args, recipe, seed) for row in read_rows(path)):
+                append_rows(path, [run(args, recipe, seed)])
+    rows = read_rows(path)
+    wanted = [row for row in rows for recipe in args.recipes for s in args.seeds if _is(row, args, recipe, s)]
+    print(table(wanted, args.recipes))
+    return wanted
+
+
+def run(args: EvidenceArgs, recipe: str, seed: int) -> dict[str, Any]:
+    """Train one recipe with one seed, probe the student and return its row."""
+    folder = Path(args.output) / re.sub(r"[^A-Za-z0-9.]+", "_", f"{args.data} {recipe}").strip("_") / str(seed)
+    name, *flags = shlex.split(recipe)
+    before = _cpu_seconds()
+    _python(
+        "train.py", "--preset", name, "--data_path", args.train, "--val_data_path", args.val,
+        "--cache_path", args.cache, "--output_dir", folder, "--seed", seed, *shlex.split(args.flags), *flags,
+    )  # fmt: skip
+    trained = _cpu_seconds()
+    _python("probe.py", "--run", folder, *shlex.split(args.probe_flags))
+    report = json.loads((folder / "probe" / "probe.json").read_text())
+    student = next(model for model in report["models"] if model["name"] == "student")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {
+        "data": args.data,
+        "recipe": recipe,
+        "flags": args.flags,
+        "seed": seed,
+        "steps": max(line["step"] for line in lines),
+        "knn": student["knn"][str(report["protocol"]["knn_k"][-1])],
+        "linear": student["best"]["top1"],
+        "cosine": student["cosine"],
+        "rankme": student["rankme"],
+        "cpu_seconds": trained - before,
+        "protocol": report["protocol_sha256"][:12],
+        "commit": commit(),
+        "hardware": hardware(),
+    }
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Return the rows of the CSV file, none where there is no file."""
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def table(rows: Sequence[dict[str, str]], recipes: Sequence[str]) -> str:
+    """Return mean and spread (greatest less least) of each measure over the seeds, a line a recipe, as Markdown."""
+    lines = ["| recipe | seeds | " + " | ".join(MEASURES) + " |", "|---|---|" + "---|" * len(MEASURES)]
+    for recipe in recipes:
+        of_it = [row for row in rows if row["recipe"] == recipe]
+        cells = []
+        for measure in MEASURES:
+            values = [float(row[measure]) for row in of_it if row[measure]]
+            spread = max(values) - min(values) if values else 0.0
+            cells.append(f"{statistics.fmean(values):.2f} ({spread:.2f})" if values else "-")
+        lines.append(f"| `{recipe}` | {len(of_it)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _is(row: dict[str, str], args: EvidenceArgs, recipe: str, seed: int) -> bool:
+    return tuple(row[name] for name in _KEY) == (args.data, recipe, args.flags, str(seed))
+
+
+def _python(*words: object) -> None:
+    done = subprocess.run([sys.executable, *map(str, words)], check=False, cwd=Path(__file__).parents[1])
+    if done.returncode:
+        raise UserError(f"`python {' '.join(map(str, words[:3]))} ...` ended with status {done.returncode}; see above.")
+
+
+def _cpu_seconds() -> float:
+    """CPU time of all finished child processes."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def main() -> int:
+    """Command line; returns the exit status."""
+    args = tyro.cli(EvidenceArgs, prog="python -m benchmarks.evidence", use_underscores=True, description=__doc__)
+    return run_command(lambda: gather(args) and None)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

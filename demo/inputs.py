@@ -1,0 +1,123 @@
+"""What the demo makes itself: an image set and a teacher.
+
+The images are scikit-learn's scans of handwritten digits (Alpaydin and Kaynak, UCI, 1998). Each scan of 8 x 8 pixels
+is enlarged and set as light ink of some hue on a dark, slightly noisy ground, at some size and place, in a JPEG of some
+size and aspect ratio. No scan is in both train and val. The teacher is a small ViT that learns the digits' labels.
+"""
+
+from __future__ import annotations
+
+import colorsys
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from sklearn.datasets import load_digits
+from torch import nn
+from tqdm import tqdm
+
+from demo import PATCH_SIZE
+from distill.export import Card, export_model
+from distill.models import create_backbone
+from distill.optim import cosine_schedule
+from pipeline.augmentation import Augmentation
+from pipeline.batch import normalise
+from pipeline.loader import open_loader
+
+# Of 1,797 scans, every fifth of a class is held out for validation.
+_HELD_OUT_EVERY = 5
+_JPEG_QUALITY = 90
+
+TEACHER_ARGS = {"embed_dim": 128, "depth": 4, "num_heads": 4, "init_values": 0.1}
+_BATCH_SIZE = 64
+_LR = 1e-3
+
+
+def compose_images(folder: Path, *, train_per_scan: int, val_per_scan: int, seed: int) -> tuple[int, int]:
+    """Write `folder/train/digit_N/*.jpg` and `folder/val/digit_N/*.jpg`.
+
+    The same arguments give the same bytes on every machine with the same versions of NumPy and Pillow.
+
+    Returns:
+        Number of images in train and in val.
+    """
+    digits = load_digits()
+    scans = digits.images.astype(np.float64) / 16  # [1797, 8, 8] in 0..1
+    seen_of_class = [0] * 10
+    counts = {"train": 0, "val": 0}
+    for scan_number, label in enumerate(tqdm(digits.target.tolist(), desc="composing images", unit="scan")):
+        seen_of_class[label] += 1
+        split = "val" if seen_of_class[label] % _HELD_OUT_EVERY == 0 else "train"
+        target = folder / split / f"digit_{label}"
+        target.mkdir(parents=True, exist_ok=True)
+        for copy in range(train_per_scan if split == "train" else val_per_scan):
+            rng = np.random.Generator(np.random.Philox(key=seed, counter=[scan_number, copy, 0, 0]))
+            image = _compose(scans[scan_number], rng)
+            Image.fromarray(image).save(target / f"scan{scan_number:04d}_{copy}.jpg", quality=_JPEG_QUALITY)
+            counts[split] += 1
+    return counts["train"], counts["val"]
+
+
+def _compose(scan: npt.NDArray[np.float64], rng: np.random.Generator) -> npt.NDArray[np.uint8]:
+    """Return one image, uint8 [height, width, 3]."""
+    height, width = (int(side) for side in rng.integers(64, 105, size=2))
+    side = int(rng.uniform(0.6, 0.85) * min(height, width))
+    # Somewhere in the middle half of the free space, so that the centre crop of an evaluation holds the digit.
+    top, left = (int(rng.uniform(0.25, 0.75) * (free - side)) for free in (height, width))
+    enlarged = Image.fromarray((scan * 255).astype(np.uint8)).resize((side, side), Image.Resampling.BICUBIC)
+    ink = np.zeros((height, width, 1))
+    ink[top : top + side, left : left + side, 0] = np.asarray(enlarged) / 255
+    ground = _colour(rng, saturation=0.5, value=(0.05, 0.25))
+    light = _colour(rng, saturation=0.6, value=(0.75, 1.0))
+    noise = rng.normal(0, 0.02, size=(height, width, 3))
+    pixels = ground + (light - ground) * ink + noise
+    return (pixels.clip(0, 1) * 255).round().astype(np.uint8)
+
+
+def _colour(rng: np.random.Generator, *, saturation: float, value: tuple[float, float]) -> npt.NDArray[np.float64]:
+    return np.array(colorsys.hsv_to_rgb(rng.uniform(), rng.uniform(0, saturation), rng.uniform(*value)))
+
+
+def train_teacher(shards: Path, output: Path, *, augmentation: Augmentation, steps: int, seed: int) -> None:
+    """Train a ViT on the labels of global crops and write it to `output` as a timm folder.
+
+    Two linear classifiers, on the cls token and on the mean patch token, so that both kinds of token carry
+    what the student is to learn. They are thrown away.
+    """
+    torch.manual_seed(seed)
+    size = augmentation.global_crops_size
+    model = create_backbone("vit_small", patch_size=PATCH_SIZE, model_args={**TEACHER_ARGS, "img_size": size})
+    heads = nn.ModuleList([nn.Linear(TEACHER_ARGS["embed_dim"], 10) for _ in range(2)])  # type: ignore[arg-type]
+    parameters = [*model.parameters(), *heads.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=_LR, weight_decay=0.05, fused=True)
+    loader = open_loader(
+        shards, device="cpu", global_batch_size=_BATCH_SIZE, seed=seed, teacher_crops=False,
+        augmentation=dataclasses.replace(augmentation, num_local_crops=0, mask_ratio=0.0),
+    )  # fmt: skip
+    with loader, tqdm(total=steps, desc="training the teacher", unit="step") as bar:
+        for step, batch in zip(range(steps), loader, strict=False):
+            optimizer.param_groups[0]["lr"] = cosine_schedule(
+                step, start=_LR, end=_LR / 100, total_steps=steps, warmup_steps=steps // 20
+            )
+            crops = batch.global_crops.unflatten(0, (augmentation.num_global_crops, -1))[step % 2]
+            tokens = model.forward_features(normalise(crops))  # type: ignore[operator]
+            patches = tokens[:, model.num_prefix_tokens :].mean(1)
+            logits = torch.stack([heads[0](tokens[:, 0]), heads[1](patches)])
+            loss = F.cross_entropy(logits.flatten(0, 1), batch.labels.repeat(2))
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            bar.update()
+            if step % 20 == 0:
+                accuracy = (logits.argmax(-1) == batch.labels).float().mean().item()
+                bar.set_postfix_str(f"loss {loss.item():.3f}  batch accuracy {accuracy:.0%}")
+    card = Card(
+        name="demo teacher", student_arch="vit_small", teacher_arch="labels of the demo's digits", licence="MIT",
+        step=steps, ema=False, img_size=size, probe=None,
+    )  # fmt: skip
+    export_model(model.eval(), output, card=card)

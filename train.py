@@ -35,7 +35,7 @@ from distill.config import TrainConfig, has_checkpoint, write_or_check_config
 from distill.evaluation.measures import check_validation, student_knn
 from distill.gradients import check_compiled_gradients, term_gradient_norms
 from distill.metrics import MetricsLog, kept_messages
-from distill.models import create_student, load_initial_weights
+from distill.models import create_student, load_initial_weights, statistics_names
 from distill.optim import Schedule, StudentEma, clip_gradients, create_optimizer, due, set_lr, skip_update
 from distill.prototypes import PROTOTYPES, Prototypes, fit_or_share_prototypes, load_prototypes
 from distill.runtime import (
@@ -143,7 +143,7 @@ def train(config: TrainConfig, ranks: Ranks) -> None:
             scalars = schedule.scalars(step)
             if step == first_step:
                 if compiles(config.runtime, ranks.device):
-                    compile_now(model, parts[0], scalars, log)
+                    compile_now(model, step_module.student, parts[0], scalars, log)
                 if config.runtime.check_compile:
                     check_compiled_gradients(step_module, inputs, scalars, autocast=autocast)
                 log.begin()
@@ -205,15 +205,17 @@ def train(config: TrainConfig, ranks: Ranks) -> None:
     ranks.on_main(log.close)
 
 
-def compile_now(model: torch.nn.Module, part: StepInputs, scalars: StepScalars, log: MetricsLog) -> None:
+def compile_now(
+    model: torch.nn.Module, student: torch.nn.Module, part: StepInputs, scalars: StepScalars, log: MetricsLog
+) -> None:
     """Compile both passes by running them once, before the time of a step counts; nothing of the student changes."""
     start = time.perf_counter()
-    statistics = [(buffer, buffer.clone()) for name, buffer in model.named_buffers() if "student." in name]
+    statistics = {name: student.get_buffer(name).clone() for name in statistics_names(student)}
     model(*part, *scalars)[0].backward()
     model.zero_grad(set_to_none=True)
     with torch.no_grad():
-        for buffer, before in statistics:  # a CNN's batch norms have seen a batch more
-            buffer.copy_(before)
+        for name, before in statistics.items():  # a CNN's batch norms have seen a batch more
+            student.get_buffer(name).copy_(before)
     log.say(f"compiled in {time.perf_counter() - start:.0f} s")
 
 

@@ -147,7 +147,7 @@ def _cpu_seconds() -> float:
 def main() -> int:
     """Command line; returns the exit status."""
     args = tyro.cli(EvidenceArgs, prog="python -m benchmarks.evidence", use_underscores=True, description=__doc__)
-    return run_command(lambda: gather(args) and None)
+    return run_command(lambda: gather(args))
 
 
 if __name__ == "__main__":

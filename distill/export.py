@@ -32,7 +32,7 @@ from common.errors import UserError, run_command
 from common.hashing import file_sha256
 from distill.checkpoint import load_student
 from distill.config import DEFAULT_TEACHER, TeacherConfig, TrainConfig
-from distill.models import FAMILY
+from distill.models import FAMILY, has_cls_token
 from distill.onnx import require_onnx, write_onnx
 from distill.prototypes import PROTOTYPES, load_prototypes
 from distill.weights import stated_origin
@@ -331,7 +331,7 @@ pooled = model.forward_head(features, pre_logits=True)"""
 def render_card(card: Card, model: nn.Module) -> str:
     """The card as Markdown with the front matter that model hubs read."""
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    use = _VIT_USE if getattr(model, "cls_token", None) is not None else _CNN_USE
+    use = _VIT_USE if has_cls_token(model) else _CNN_USE
     weights = "EMA of the student" if card.ema else "student"
     note = _NOTES.get(
         card.licence, f"The teacher's weights are under {card.licence}. Read it before you share this model."

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any, TypeGuard
+from typing import Any
 
 import timm
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
-from timm.layers import apply_rot_embed_cat
+from timm.layers import RotaryEmbeddingDinoV3, apply_rot_embed_cat
 from timm.models.eva import Eva
 from torch import Tensor, nn
 
@@ -61,6 +61,23 @@ def create_backbone(
     ) from last
 
 
+def has_cls_token(model: Any) -> bool:
+    """Whether a timm model has a class token; else its pooled features stand in its place."""
+    return getattr(model, "cls_token", None) is not None
+
+
+def dinov3_rope(model: Any) -> Any:
+    """Return a model's RoPE where it is DINOv3's, else None."""
+    rope = getattr(model, "rope", None)
+    return rope if isinstance(rope, RotaryEmbeddingDinoV3) else None
+
+
+def statistics_names(model: nn.Module) -> tuple[str, ...]:
+    """Name the buffers that training changes, such as batch norm's: those of the state dict."""
+    kept = model.state_dict()
+    return tuple(name for name, _ in model.named_buffers() if name in kept)
+
+
 def cls_and_patches(
     model: Any, images: Float[Tensor, "b c h w"]
 ) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b n e"]]:
@@ -69,7 +86,7 @@ def cls_and_patches(
     A model without a class token has its pooled features in its place; a CNN the places of its last map as patches.
     """
     features: Tensor = model.forward_features(images)
-    if getattr(model, "cls_token", None) is not None:
+    if has_cls_token(model):
         return features[:, 0], features[:, model.num_prefix_tokens :]
     pooled = model.forward_head(features, pre_logits=True)
     if features.ndim == 4:
@@ -81,7 +98,7 @@ def cls_and_patches(
 def token_widths(model: Any) -> tuple[int, int]:
     """Return the width of `cls_and_patches`' class tokens and of its patch tokens."""
     width = int(model.num_features)
-    return width if getattr(model, "cls_token", None) is not None else int(model.head_hidden_size), width
+    return width if has_cls_token(model) else int(model.head_hidden_size), width
 
 
 def patch_side(model: Any) -> int:
@@ -131,7 +148,7 @@ def load_initial_weights(student: nn.Module, config: StudentConfig) -> None:
         load_weights(student, config.init)
 
 
-def is_packable(model: Any) -> TypeGuard[Eva]:
+def is_packable(model: Any) -> bool:
     """Whether `packed_tokens` can run a model: a timm Eva ViT with RoPE, no absolute positions and fused qkv."""
     return (
         isinstance(model, Eva)
@@ -150,10 +167,11 @@ def check_plain_student(model: nn.Module, crop_sizes: Sequence[int], *, arch: st
             f"--arch {arch}: masks of the student's input need the packed pass, which it cannot take. Choose one of "
             f"{', '.join(FAMILY)}, or a preset without --mask_student_input and --proteus_loss_weight."
         )
+    judged = copy.deepcopy(model).eval()
     for size in crop_sizes:
         try:
             with torch.no_grad():
-                patches = cls_and_patches(copy.deepcopy(model).eval(), torch.zeros(1, 3, size, size))[1]
+                patches = cls_and_patches(judged, torch.zeros(1, 3, size, size))[1]
         except (RuntimeError, AssertionError, AttributeError) as error:
             raise UserError(
                 f"--arch {arch}: it does not take crops of {size} pixels ({str(error).splitlines()[0]}). "

@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from timm.layers import RotaryEmbeddingDinoV3
 from torch import Tensor, nn
 
 from common.errors import UserError
-from distill.models import cls_and_patches, patch_side
+from distill.models import cls_and_patches, dinov3_rope, patch_side
 
 
 def require_onnx() -> None:
@@ -32,7 +31,7 @@ class _Tokens(nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = copy.deepcopy(model)
-        if _takes_any_size(model) and isinstance(getattr(model, "rope", None), RotaryEmbeddingDinoV3):
+        if _takes_any_size(model) and dinov3_rope(model):
             self.model.rope = _GridRope(model.rope)
 
     def forward(self, images: Float[Tensor, "b 3 h w"]) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 from distill.config import OptimConfig, TrainConfig
+from distill.models import statistics_names
 from distill.prototypes import Prototypes
 from distill.step import DistillStep, StepScalars
 
@@ -95,13 +96,14 @@ class StudentEma:
 
     def __init__(self, student: nn.Module) -> None:
         self.model = copy.deepcopy(student).eval().requires_grad_(False)
+        self._statistics = statistics_names(student)
 
     @torch.no_grad()
     def update(self, student: nn.Module, momentum: float) -> None:
         """Move the average towards the student: ema = momentum * ema + (1 - momentum) * student."""
         torch._foreach_lerp_(list(self.model.parameters()), list(student.parameters()), 1 - momentum)
-        for average, value in zip(self.model.buffers(), student.buffers(), strict=True):
-            average.copy_(value)  # a CNN's running statistics are averages already
+        for name in self._statistics:  # averages already
+            self.model.get_buffer(name).copy_(student.get_buffer(name))
 
 
 def cosine_schedule(step: int, *, start: float, end: float, total_steps: int, warmup_steps: int = 0) -> float:

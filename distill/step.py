@@ -156,9 +156,9 @@ class DistillStep(nn.Module):
         side = global_crops_size // patch_side(student)
         self.patch_grid = (side, side)
         self.packed = is_packable(student)
-        if is_packable(student):
-            self.register_buffer("global_rope", rope_table(student, global_crops_size), persistent=False)
-            self.register_buffer("local_rope", rope_table(student, local_crops_size), persistent=False)
+        if self.packed:
+            for name, size in (("global_rope", global_crops_size), ("local_rope", local_crops_size)):
+                self.register_buffer(name, rope_table(student, size), persistent=False)  # type: ignore[arg-type]
         else:
             sizes = (global_crops_size, local_crops_size)[: 2 if weights.dino_loss_weight else 1]
             check_plain_student(student, sizes, arch=config.arch, masks=masks_input)

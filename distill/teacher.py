@@ -1,4 +1,4 @@
-"""The frozen teacher: a timm ViT, the final-norm tokens that losses take, and the fingerprint a cache is bound to."""
+"""The frozen teacher: a timm model, the final-norm tokens that losses take, and the fingerprint a cache is bound to."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, UInt8
-from timm.layers import RotaryEmbeddingDinoV3
 from torch import Tensor
 
 from common.errors import UserError
 from distill.config import TeacherConfig
-from distill.models import cls_and_patches, create_backbone, patch_side, token_widths
+from distill.models import cls_and_patches, create_backbone, dinov3_rope, patch_side, token_widths
 from distill.weights import load_weights, stated_origin, tensors_sha256
 from pipeline.batch import normalise
 
@@ -93,7 +92,7 @@ class FrozenTeacher:
 
     def fingerprint(self) -> dict[str, Any]:
         """Return what decides this teacher's outputs on given crops; a cache with another one is refused."""
-        rope: Any = getattr(self.model, "rope", None)
+        rope = dinov3_rope(self.model)
         return {
             "architecture": self.arch,
             "state_dict_sha256": tensors_sha256(self.model.state_dict()),
@@ -102,7 +101,7 @@ class FrozenTeacher:
             "img_size": self.img_size,
             "mean": list(self.mean),
             "std": list(self.std),
-            "rope_periods": rope.periods.tolist() if _is_dinov3_rope(rope) else None,
+            "rope_periods": rope.periods.tolist() if rope else None,
         } | ({"input_size": self.input_size} if self.input_size != self.img_size else {})
 
 
@@ -143,12 +142,13 @@ def load_teacher(
         ) from error
     periods = None if weights is None else load_weights(model, weights)
     origin = (stated_origin(weights) if weights else {}) or model.pretrained_cfg
-    if _is_dinov3_rope(getattr(model, "rope", None)):
+    if rope := dinov3_rope(model):
         # Meta released DINOv3 with periods rounded to bf16. Its files hold them; other containers of released weights
         # have timm's tag of the release, which a model that Firn trained has not.
         if periods is None and origin.get("tag"):
-            periods = model.rope.periods.bfloat16()
-        model.rope.periods.copy_(model.rope.periods if periods is None else periods)
+            periods = rope.periods.bfloat16()
+        if periods is not None:
+            rope.periods.copy_(periods)
     for key, value in [*model.state_dict().items(), *model.named_buffers()]:
         if not bool(torch.isfinite(value).all()):
             raise UserError(
@@ -174,8 +174,8 @@ def _cast(model: Any, device: torch.device, dtype: torch.dtype) -> Any:
 
     With the periods of Meta's release, timm's DINOv3 equals Meta's code to the bit.
     """
-    rope: Any = getattr(model, "rope", None)
-    periods = rope.periods.to(device, copy=True) if _is_dinov3_rope(rope) else None
+    rope = dinov3_rope(model)
+    periods = rope.periods.to(device, copy=True) if rope else None
     model = model.to(device=device, dtype=dtype)
     if periods is not None:
         rope.register_buffer("periods", periods, persistent=False)
@@ -183,10 +183,6 @@ def _cast(model: Any, device: torch.device, dtype: torch.dtype) -> Any:
             table = rope._create_embed(rope.feat_shape, no_aug=True)
             rope.register_buffer("pos_embed_cached", table, persistent=False)
     return model
-
-
-def _is_dinov3_rope(rope: Any) -> bool:
-    return isinstance(rope, RotaryEmbeddingDinoV3)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from common.errors import UserError
 from distill.checkpoint import load_student
 from distill.config import TeacherConfig, load_config
 from distill.export import student_detail
-from distill.models import cls_and_patches, create_student, patch_side, token_widths
+from distill.models import cls_and_patches, create_student, has_cls_token, patch_side, token_widths
 from distill.teacher import LOCAL_DIR, load_teacher
 from pipeline.batch import CropBatch, normalise
 
@@ -96,7 +96,6 @@ def load_probed(
         raise UserError(f"model {probed!r}: not a model to probe. Give one of {KINDS}.")
 
     if kind == "run":
-        student: nn.Module
         student, meta = load_student(rest, use_ema=use_ema)
         detail, entry = student_detail(meta["step"], meta["ema"]), _student(student, device)
     elif kind == "random":
@@ -196,7 +195,7 @@ def feature_sets(layers: Iterable[int], depth: int) -> tuple[list[FeatureSet], l
 
 def model_depth(model: nn.Module) -> int:
     """Number of blocks of a timm ViT whose cls tokens can be taken; 1 for a model without a class token."""
-    return len(model.blocks) if getattr(model, "cls_token", None) is not None else 1  # type: ignore[arg-type]
+    return len(model.blocks) if has_cls_token(model) else 1  # type: ignore[arg-type]
 
 
 @torch.inference_mode()
@@ -219,7 +218,7 @@ def forward_features(
     weights_dtype = next(model.parameters()).dtype
     autocast = dtype != torch.float32 and weights_dtype == torch.float32
     with torch.autocast(images.device.type, dtype=dtype, enabled=autocast):
-        if getattr(model, "cls_token", None) is None:
+        if not has_cls_token(model):
             pooled, patches = cls_and_patches(model, images.to(weights_dtype))
             return [(patches.float(), pooled[:, None].float())]
         blocks = model.forward_intermediates(  # type: ignore[operator]

@@ -68,6 +68,16 @@ def test_any_timm_model_learns_resumes_to_the_bit_and_is_probed_and_exported(
     assert (student.knn, student.linear, student.rankme) == (exported.knn, exported.linear, exported.rankme)
 
 
+def test_compiling_first_leaves_a_cnns_statistics_as_they_were(
+    workplace: Workplace, run_here: Run, tmp_path: Path
+) -> None:
+    flags = (*STUDENTS["a CNN with batch norm"], "--max_steps", 2)
+    run_here(flags_for(workplace, tmp_path / "eager", *flags))
+    compiled = [word for word in flags_for(workplace, tmp_path / "traced", *flags) if word != "--no_compile"]
+    run_here([*compiled, "--compile", "--compile_backend", "eager"])
+    assert_same_state(tmp_path / "eager", tmp_path / "traced")
+
+
 @pytest.mark.parametrize("name", sorted(set(PRESETS) - {"five"}))
 def test_every_preset_trains_its_own_terms_live(
     workplace: Workplace, run_here: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str

@@ -175,6 +175,8 @@ def versions() -> dict[str, str]:
 def wrap_step(step: nn.Module, config: RuntimeConfig, ranks: Ranks) -> nn.Module:
     """Compile the step as one graph with static shapes, and average its gradients over the ranks."""
     if compiles(config, ranks.device):
+        # Dynamo keeps what it compiled by the line of code: an earlier run of this process would count as a recompile.
+        torch._dynamo.reset()
         torch._dynamo.config.error_on_recompile = True
         step.compile(backend=config.compile_backend, fullgraph=True, dynamic=False)
     if ranks.world_size == 1:

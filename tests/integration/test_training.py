@@ -180,7 +180,6 @@ def test_the_compiled_run_follows_the_eager_run(
     workplace: Workplace, run_here: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     eager = run_here(workplace.flags(tmp_path / "eager", "--cache_path", workplace.cache, "--max_steps", 3))
-    torch._dynamo.reset()
     assert "compiling before" not in capsys.readouterr().err
     compiled = run_here(
         workplace.flags(
@@ -191,6 +190,14 @@ def test_the_compiled_run_follows_the_eager_run(
     assert curve(compiled) == pytest.approx(curve(eager), rel=FLOAT_NOISE)
     said = [line.split()[0] for line in capsys.readouterr().err.splitlines()]
     assert said.index("compiling") + 1 == said.index("compiled") == said.index("step") - 1
+
+
+def test_a_process_compiles_a_run_of_another_batch_size_after_the_first(
+    workplace: Workplace, run_here: Run, tmp_path: Path
+) -> None:
+    for batch in (4, 8):
+        flags = ("--cache_path", workplace.cache, "--max_steps", 1, "--batch_size_per_gpu", batch)
+        run_here(workplace.flags(tmp_path / str(batch), *flags, "--compile", "--compile_backend", "eager"))
 
 
 def test_the_first_batch_and_the_compiler_are_start_up(

@@ -29,9 +29,9 @@ import tyro
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from common.atomic import write_atomic
 from common.device import pick_device
 from common.errors import UserError, run_command
+from common.files import write_atomic
 from distill.config import TrainConfig, load_config
 from distill.evaluation import figures
 from distill.evaluation.features import (

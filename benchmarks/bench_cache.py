@@ -29,7 +29,7 @@ from cache_tools.commit import read_commits, write_manifest
 from cache_tools.layout import FORMAT_VERSION, CacheSpec, Paths, create_group, create_view_set, read_attributes
 from cache_tools.shard_file import ShardFileWriter, ViewSetFiles
 from cache_tools.write import ShardWriter
-from common.hashing import json_sha256
+from common.files import json_sha256
 from pipeline.batch import CropBatch
 
 RESULTS = Path(__file__).parent / "results" / "cache.csv"

@@ -22,7 +22,7 @@ from PIL import Image
 
 from benchmarks.results import Measurement, Row, append_measurements, measure, parser_of, print_table
 from benchmarks.synthetic import write_images
-from common.hashing import file_sha256
+from common.files import file_sha256
 from shards.manifest import load_manifest
 from shards.pack import pack
 from shards.sanitize import sanitise

@@ -38,7 +38,7 @@ from cache_tools.layout import (
 )
 from cache_tools.write import ReadCrops, ViewSetBuild
 from common.errors import UserError
-from common.hashing import json_sha256
+from common.files import json_sha256
 from distill.teacher import TeacherTargets
 from pipeline.backend import choose_backend
 from pipeline.batch import CropBatch

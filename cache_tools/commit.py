@@ -19,8 +19,7 @@ from cache_tools.layout import (
     read_json,
     write_small,
 )
-from common.atomic import sync_folder
-from common.hashing import canonical_json, json_sha256
+from common.files import canonical_json, json_sha256, sync_folder
 from common.locks import file_lock
 
 

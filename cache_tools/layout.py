@@ -13,8 +13,8 @@ from typing import Any, Literal, cast
 
 import numpy as np
 
-from common.atomic import open_atomic, sync_folder
 from common.errors import UserError
+from common.files import open_atomic, sync_folder
 from common.locks import file_lock
 
 REPAIR = "Run `python -m cache_tools repair` on the cache and build again: only the damaged shards are rebuilt."

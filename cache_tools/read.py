@@ -30,7 +30,7 @@ from cache_tools.layout import (
 )
 from cache_tools.shard_file import ViewSetFiles
 from common.errors import UserError
-from common.hashing import json_sha256
+from common.files import json_sha256
 from distill.teacher import TeacherTargets
 from pipeline.batch import ImageBatch
 

@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from cache_tools.commit import Commit, FileRecord
 from cache_tools.layout import CRC_BYTES, REPAIR, ArrayLayout, CacheCorrupt, CacheSpec, Paths, partial_path
-from common.atomic import open_atomic
+from common.files import open_atomic
 
 Bytes = npt.NDArray[np.uint8]
 ABSENT = np.uint64(2**64 - 1)

@@ -32,7 +32,7 @@ from cache_tools.read import TeacherCache
 from cache_tools.shard_file import Bytes, ViewSetFiles
 from cache_tools.write import ReadCrops
 from common.errors import UserError
-from common.hashing import json_sha256
+from common.files import json_sha256
 from pipeline.readers import in_batches
 from shards.manifest import ShardIndex
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from common.atomic import explain_disk_errors
 from common.errors import UserError
+from common.files import explain_disk_errors
 
 
 @contextmanager

@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.atomic import remove_temporaries, write_atomic
 from common.errors import UserError
-from common.hashing import file_sha256
+from common.files import file_sha256, remove_temporaries, write_atomic
 from distill.config import RuntimeConfig, load_config
 from distill.models import create_student
 

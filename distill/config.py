@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from common.atomic import write_atomic
 from common.errors import UserError, unknown_name
+from common.files import write_atomic
 from pipeline.augmentation import Augmentation, CropOptions
 from pipeline.crops import ReadOptions
 

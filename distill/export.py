@@ -27,9 +27,8 @@ from safetensors.torch import save
 from timm.models._hub import save_config_for_hf
 from torch import nn
 
-from common.atomic import explain_disk_errors, sync_folder
 from common.errors import UserError, run_command
-from common.hashing import file_sha256
+from common.files import explain_disk_errors, file_sha256, sync_folder
 from distill.checkpoint import load_student
 from distill.config import DEFAULT_TEACHER, TeacherConfig, TrainConfig
 from distill.models import FAMILY, has_cls_token

@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from common.atomic import explain_disk_errors, write_atomic
 from common.errors import UserError
+from common.files import explain_disk_errors, write_atomic
 from distill.config import RuntimeConfig
 from distill.runtime import Ranks
 from distill.step import METRIC_NAMES, METRICS

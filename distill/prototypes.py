@@ -21,8 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from common.atomic import write_atomic
 from common.errors import UserError
+from common.files import write_atomic
 from distill.config import PrototypeConfig
 from distill.teacher import TeacherTargets
 from distill.weights import tensors_sha256

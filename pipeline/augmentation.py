@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 
 from common.errors import UserError, unknown_name
-from common.hashing import json_sha256
+from common.files import json_sha256
 
 
 @dataclass(frozen=True)

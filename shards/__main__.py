@@ -12,8 +12,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from common.atomic import write_atomic
 from common.errors import UserError, run_command
+from common.files import write_atomic
 from shards.folder import ShardFolder
 from shards.inspection import describe_folder, describe_row, find_row, write_sheet
 from shards.manifest import load_manifest

@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
 
-from common.atomic import write_atomic
 from common.errors import UserError
+from common.files import write_atomic
 from shards.folder import ShardFolder
 from shards.manifest import BLOCK, RowFlag, is_key, name_uid, padded
 

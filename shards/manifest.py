@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.errors import UserError
-from common.hashing import canonical_json, file_sha256, json_sha256
+from common.files import canonical_json, file_sha256, json_sha256
 
 FORMAT_VERSION = 1
 MANIFEST_NAME, INDEX_NAME = "manifest.json", "index.npz"

@@ -13,9 +13,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from common.atomic import explain_disk_errors, remove_temporaries, sync_folder, write_atomic
 from common.errors import UserError
-from common.hashing import canonical_json, file_sha256
+from common.files import canonical_json, explain_disk_errors, file_sha256, remove_temporaries, sync_folder, write_atomic
 from shards.listing import Listing, write_listing
 from shards.manifest import (
     CLASSES_NAME,

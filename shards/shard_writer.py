@@ -13,8 +13,7 @@ import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
-from common.atomic import open_atomic, write_atomic
-from common.hashing import canonical_json, file_sha256
+from common.files import canonical_json, file_sha256, open_atomic, write_atomic
 from shards.manifest import COLUMN_DTYPES, RowFlag, ShardEntry, add_sample, name_uid, open_tar, sample_json
 from shards.sanitize import MAX_FILE_BYTES, ImageRejected, ImageWarned, StoredImage, sanitise
 from shards.sources.base import Container, ImageReader, SourceItem, SourceUnreadable

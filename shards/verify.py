@@ -16,7 +16,7 @@ import simplejpeg
 from tqdm import tqdm
 
 from common.errors import UserError
-from common.hashing import file_sha256
+from common.files import file_sha256
 from shards.manifest import (
     BLOCK,
     INDEX_NAME,

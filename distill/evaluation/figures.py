@@ -17,8 +17,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from common.atomic import write_atomic
 from common.errors import UserError
+from common.files import write_atomic
 from distill.evaluation.measures import fit_linear_map
 from distill.step import TERMS
 

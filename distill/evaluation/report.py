@@ -8,8 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from common.atomic import write_atomic
-from common.hashing import json_sha256
+from common.files import json_sha256, write_atomic
 from distill.evaluation.linear import LinearProtocol, LinearResult
 
 PROTOCOL_VERSION = 1

@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from common.atomic import open_atomic, remove_temporaries, write_atomic
 from common.errors import UserError
-from common.hashing import canonical_json
+from common.files import canonical_json, open_atomic, remove_temporaries, write_atomic
 from shards.manifest import UNKNOWN_LABEL
 from shards.sources.base import Container, Source, SourceItem, class_labels, file_container
 from shards.sources.labels import Classes

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from common.atomic import explain_disk_errors, write_atomic
 from common.errors import UserError
+from common.files import explain_disk_errors, write_atomic
 from shards.__main__ import main
 from shards.manifest import load_index, name_uid
 from shards.pack import pack

@@ -1,8 +1,10 @@
-"""Write files so that a reader sees the whole of one or nothing of it."""
+"""Files: written so that a reader sees the whole of one or nothing of it, and the hashes they are compared by."""
 
 from __future__ import annotations
 
 import errno
+import hashlib
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -120,3 +122,19 @@ def remove_temporaries(folder: Path) -> None:
     """Remove what a killed writer left half-written in `folder`."""
     for path in folder.glob(f"*{TEMPORARY_MARK}*"):
         path.unlink(missing_ok=True)
+
+
+def file_sha256(path: Path) -> str:
+    """Return the sha256 of a file in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def canonical_json(value: object) -> bytes:
+    """Return the one JSON text of a value: keys sorted, no spaces, ASCII."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode("ascii")
+
+
+def json_sha256(value: object) -> str:
+    """Return the sha256, in hex, of a value's canonical JSON."""
+    return hashlib.sha256(canonical_json(value)).hexdigest()

@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -27,6 +27,7 @@ import timm
 import torch
 import tyro
 from matplotlib.figure import Figure
+from torch import Tensor
 from tqdm import tqdm
 
 from common.device import pick_device
@@ -49,13 +50,15 @@ from distill.evaluation.linear import LbfgsProtocol, LinearProtocol, best_result
 from distill.evaluation.logistic import SgdProtocol
 from distill.evaluation.measures import TEMPERATURE, cosine_to_teacher, knn_accuracy, rankme
 from distill.evaluation.report import ModelReport, ProbeReport, Protocol, results_table, write_probe_json
+from distill.evaluation.segmentation import MaskedImages, find_masked_images, segmentation_miou
 from pipeline.backend import choose_backend
 from pipeline.batch import CropBatch
 from pipeline.readers import read_center_crops
 from shards.manifest import load_index, load_manifest
 
 RIDGE = 1e-3
-PCA_FIT_IMAGES = 64
+# Images of train, and of val, whose patch tokens are compared with the teacher's.
+PATCH_IMAGES = 64
 DEFAULT_IMG_SIZE = 224
 
 
@@ -111,6 +114,10 @@ class ProbeConfig:
     """Compute dtype of the forward passes: bf16 on GPUs by default, fp32 on CPUs. Classifiers are fp32."""
     pca_images: int = 6
     """Val images in the PCA figure; 0 for no figures at all."""
+    segmentation: str | None = None
+    """Folder of images and masks (ADE20K, Pascal VOC, or images/ and masks/) to segment from patch tokens."""
+    segmentation_images: int = 2000
+    """Images of train, and of val, to segment, at most: a seeded sample."""
 
 
 @dataclass(frozen=True)
@@ -168,6 +175,7 @@ def probe(config: ProbeConfig) -> ProbeReport:
     output = output_folder(config)
     stage = make_stage(config, run)
     data = read_data(config, run)
+    masked = read_masked_images(config)
 
     # Models: the student of the run, its teacher, random weights; all in fp32 weights, run at one dtype.
     linear = linear_protocol(config)
@@ -199,15 +207,25 @@ def probe(config: ProbeConfig) -> ProbeReport:
             )
         )
 
-    # Measures: k-NN, linear probe, effective rank, cosine to the teacher.
+    with stage.timed("patches"):
+        patches = compared_patches(entries, data, stage)
+    with stage.timed("segmentation"):
+        miou = (
+            segmentation_miou(entries, masked, size=size, seed=config.seed, device=device, dtype=stage.dtype)
+            if masked
+            else {}
+        )
+
+    # Measures: k-NN, linear probe, effective rank, cosines to the teacher; mean IoU where there are masks.
     reports = []
     for name, model in models.items():
         teacher = (train["teacher"], val["teacher"]) if "teacher" in models and name != "teacher" else None
-        reports.append(measure(model, train[name], val[name], teacher, sets=sets[name], linear=linear, stage=stage))
+        measured = measure(model, train[name], val[name], teacher, sets=sets[name], linear=linear, stage=stage)
+        reports.append(replace(measured, patch_cosine=patch_cosine(patches, name), segmentation=miou.get(name)))
 
     # Report: json, table, figures.
     report = ProbeReport(
-        protocol=make_protocol(config, data, stage, linear),
+        protocol=make_protocol(config, data, stage, linear, masked),
         models=reports,
         seconds=stage.seconds,
         environment=environment(stage),
@@ -218,7 +236,7 @@ def probe(config: ProbeConfig) -> ProbeReport:
     write_atomic(output / "table.txt", f"{table}\n".encode())
     print(table)
     if config.pca_images:
-        write_figures(report, entries, data, stage, output)
+        write_figures(report, patches, stage, output)
     print(f"written to {output}")
     return report
 
@@ -266,42 +284,72 @@ def measure(
     )
 
 
-def write_figures(
-    report: ProbeReport, entries: Mapping[str, FeatureModel], data: ProbeData, stage: Stage, output: Path
-) -> None:
+@dataclass(frozen=True)
+class ComparedPatches:
+    """Patch tokens of the same images by each model, fp32 on the CPU: `fit` of train, `judged` of val.
+
+    Attributes:
+        fit, judged: [images, n, d] by model.
+        crops: the val images, uint8 on the device.
+    """
+
+    fit: Mapping[str, Tensor]
+    judged: Mapping[str, Tensor]
+    crops: Tensor
+
+
+def compared_patches(entries: Mapping[str, FeatureModel], data: ProbeData, stage: Stage) -> ComparedPatches:
+    """Take patch tokens of some train and some val images."""
+    both = []
+    for shards, rows in ((data.train_shards, data.train_rows), (data.val_shards, data.val_rows)):
+        some = rows[subset_rows(len(rows), limit=PATCH_IMAGES, seed=stage.config.seed)]
+        crops = torch.cat([batch.crops for batch in stage.crops(shards, some, "patch tokens")]).to(stage.device)
+        both.append((crops, {n: extract_patch_tokens(entry, crops, dtype=stage.dtype) for n, entry in entries.items()}))
+    (_, fit), (crops, judged) = both
+    return ComparedPatches(fit, judged, crops)
+
+
+def patch_cosine(patches: ComparedPatches, name: str) -> float | None:
+    """Cosine of a model's patch tokens to the teacher's, mapped linearly; None without one or on another grid."""
+    if name == "teacher" or "teacher" not in patches.fit:
+        return None
+    if patches.fit[name].shape[1] != patches.fit["teacher"].shape[1]:
+        return None
+    both = (tokens[which].flatten(0, 1) for tokens in (patches.fit, patches.judged) for which in (name, "teacher"))
+    return cosine_to_teacher(*both, ridge=RIDGE)
+
+
+def write_figures(report: ProbeReport, patches: ComparedPatches, stage: Stage, output: Path) -> None:
     """Accuracies; PCA of patch features if there is a teacher; the run's curves if there is a run."""
     ks = report.protocol.knn_k
     accuracies = {
         model.name: {**{f"k-NN@{k}": model.knn[k] for k in ks}, "linear": model.best.top1} for model in report.models
     }
     figures.write_figure(figures.accuracy_bars_figure(accuracies), output / "accuracies.png")
-    if "teacher" in entries:
-        figures.write_figure(pca_figure(entries, data, stage), output / "patch_pca.png")
+    if "teacher" in patches.fit:
+        figures.write_figure(pca_figure(patches, stage), output / "patch_pca.png")
     if stage.config.run is not None:
         levels = {model.name: model.knn[ks[-1]] for model in report.models if model.name in ("teacher", "random")}
         figures.write_run_figures(Path(stage.config.run) / "metrics.jsonl", output, levels=levels)
 
 
-def pca_figure(entries: Mapping[str, FeatureModel], data: ProbeData, stage: Stage) -> Figure:
+def pca_figure(patches: ComparedPatches, stage: Stage) -> Figure:
     """Val images beside each model's patch features, painted in the teacher's principal components.
 
     Basis and maps are fitted on train images, none of them shown.
     """
-    seed = stage.config.seed
-    fit_rows = data.train_rows[subset_rows(len(data.train_rows), limit=PCA_FIT_IMAGES, seed=seed)]
-    shown_rows = data.val_rows[subset_rows(len(data.val_rows), limit=stage.config.pca_images, seed=seed)]
-    fit_crops, shown_crops = (
-        torch.cat([batch.crops for batch in stage.crops(shards, rows, "PCA images")]).to(stage.device)
-        for shards, rows in ((data.train_shards, fit_rows), (data.val_shards, shown_rows))
-    )
-    fit, shown = (
-        {name: extract_patch_tokens(entry, crops, dtype=stage.dtype) for name, entry in entries.items()}
-        for crops in (fit_crops, shown_crops)
-    )
-    colours, left_out = figures.paint_patches(fit, shown, teacher="teacher", ridge=RIDGE)
+    shown = {name: tokens[: stage.config.pca_images] for name, tokens in patches.judged.items()}
+    colours, left_out = figures.paint_patches(patches.fit, shown, teacher="teacher", ridge=RIDGE)
     if left_out:
         print(f"not in patch_pca.png, another patch grid than the teacher's: {', '.join(left_out)}")
-    return figures.patch_pca_figure(shown_crops, colours)
+    return figures.patch_pca_figure(patches.crops[: stage.config.pca_images], colours)
+
+
+def read_masked_images(config: ProbeConfig) -> MaskedImages | None:
+    """Find the images and masks of `--segmentation`."""
+    if config.segmentation is None:
+        return None
+    return find_masked_images(Path(config.segmentation)).sampled(config.segmentation_images, config.seed)
 
 
 def make_stage(config: ProbeConfig, run: TrainConfig | None) -> Stage:
@@ -364,7 +412,9 @@ def linear_protocol(config: ProbeConfig) -> LinearProtocol:
     )
 
 
-def make_protocol(config: ProbeConfig, data: ProbeData, stage: Stage, linear: LinearProtocol) -> Protocol:
+def make_protocol(
+    config: ProbeConfig, data: ProbeData, stage: Stage, linear: LinearProtocol, masked: MaskedImages | None
+) -> Protocol:
     """What decided the figures."""
     return Protocol(
         img_size=stage.img_size,
@@ -381,6 +431,7 @@ def make_protocol(config: ProbeConfig, data: ProbeData, stage: Stage, linear: Li
         val_rows=len(data.val_rows),
         seed=config.seed,
         backend=f"{stage.backend} on {stage.device.type}",
+        masks=masked.fingerprint() if masked else None,
     )
 
 

@@ -2,7 +2,8 @@
 
 python -m benchmarks.evidence --data NAME --train SHARDS --val SHARDS --cache CACHE --recipes five regression
 
-Runs are resumed where they stopped, and rows that are there are not made again: the same command goes on.
+Runs are resumed where they stopped, and rows that are there are not made again: the same command goes on. The page and
+the figure are made from all rows of the file, those of other data and commands too.
 """
 
 from __future__ import annotations
@@ -15,18 +16,23 @@ import shlex
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import tyro
+from matplotlib.figure import Figure
 
 from benchmarks.results import append_rows, commit, hardware
 from common.errors import UserError, run_command
+from common.files import write_atomic
+from distill.evaluation.figures import write_figure
 
 RESULTS = Path(__file__).parent / "results" / "evidence.csv"
-MEASURES = ("knn", "linear", "cosine", "rankme")
+PAGE = Path(__file__).parents[1] / "docs" / "evidence.md"
+# Of the student's EMA: top-1 in percent, cosines to the teacher, effective rank, mean IoU in percent.
+MEASURES = ("knn", "linear", "cosine", "rankme", "patch_cosine", "miou", "miou_knn")
 _KEY = ("data", "recipe", "flags", "seed")
 
 
@@ -54,6 +60,8 @@ class EvidenceArgs:
     """Folder of the runs."""
     results: str = str(RESULTS)
     """CSV file of the rows."""
+    page: str = str(PAGE)
+    """Markdown page of all rows; its figure stands beside it, as a PNG of the same name."""
 
 
 def gather(args: EvidenceArgs) -> list[dict[str, str]]:
@@ -70,6 +78,7 @@ def gather(args: EvidenceArgs) -> list[dict[str, str]]:
             if not any(_is(row, args, recipe, seed) for row in read_rows(path)):
                 append_rows(path, [run(args, recipe, seed)])
     rows = read_rows(path)
+    write_page(rows, Path(args.page))
     wanted = [row for row in rows for recipe in args.recipes for s in args.seeds if _is(row, args, recipe, s)]
     print(table(wanted, args.recipes))
     return wanted
@@ -99,6 +108,8 @@ def run(args: EvidenceArgs, recipe: str, seed: int) -> dict[str, Any]:
         "linear": student["best"]["top1"],
         "cosine": student["cosine"],
         "rankme": student["rankme"],
+        "patch_cosine": student["patch_cosine"],
+        **{name: (student["segmentation"] or {}).get(key) for name, key in (("miou", "linear"), ("miou_knn", "knn"))},
         "cpu_seconds": trained - before,
         "protocol": report["protocol_sha256"][:12],
         "commit": commit(),
@@ -126,6 +137,48 @@ def table(rows: Sequence[dict[str, str]], recipes: Sequence[str]) -> str:
             cells.append(f"{statistics.fmean(values):.2f} ({spread:.2f})" if values else "-")
         lines.append(f"| `{recipe}` | {len(of_it)} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def write_page(rows: Sequence[dict[str, str]], path: Path) -> None:
+    """Write the Markdown page of all rows, a table for each data set and length, and the figure beside it."""
+    groups: dict[tuple[str, str, str], list[dict[str, str]]] = {}
+    for row in rows:
+        groups.setdefault((row["data"], row["steps"], row["flags"]), []).append(row)
+    parts = [
+        "# Evidence\n\nMade by `make evidence` from `benchmarks/results/evidence.csv`: mean over seeds of each measure "
+        f"of the student, in parentheses greatest less least.\n\n![Recipes compared]({path.with_suffix('.png').name})\n"
+    ]
+    for (data, steps, flags), of_group in groups.items():
+        recipes = list(dict.fromkeys(row["recipe"] for row in of_group))
+        cost = {r: [float(row["cpu_seconds"]) for row in of_group if row["recipe"] == r] for r in recipes}
+        costs = ", ".join(f"`{recipe}` {statistics.fmean(seconds):.0f}" for recipe, seconds in cost.items())
+        machines = "; ".join(dict.fromkeys(row["hardware"] for row in of_group))
+        parts.append(
+            f"## {data}, {steps} steps\n\n{table(of_group, recipes)}\n\n"
+            f"Seconds of CPU time a run: {costs}. {machines}.\n\nFlags of every run: `{flags}`\n"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, "\n".join(parts).encode())
+    write_figure(recipes_figure(groups), path.with_suffix(".png"))
+
+
+def recipes_figure(groups: Mapping[tuple[str, str, str], Sequence[dict[str, str]]]) -> Figure:
+    """Draw a panel for each data set and measure: a dot a seed, a line for the mean, a row a recipe."""
+    shown = [m for m in MEASURES if m != "rankme"]
+    figure = Figure(figsize=(2.6 * len(shown), 2.6 * len(groups)), layout="constrained")
+    axes = figure.subplots(len(groups), len(shown), squeeze=False, sharey="row")
+    for line, ((data, steps, _), rows) in zip(axes, groups.items(), strict=True):
+        recipes = list(dict.fromkeys(row["recipe"] for row in rows))[::-1]
+        for axis, measure in zip(line, shown, strict=True):
+            for place, recipe in enumerate(recipes):
+                values = [float(row[measure]) for row in rows if row["recipe"] == recipe and row[measure]]
+                axis.plot(values, [place] * len(values), "o", ms=4, alpha=0.6, color=f"C{place}")
+                if values:
+                    axis.plot([statistics.fmean(values)] * 2, [place - 0.3, place + 0.3], color=f"C{place}")
+            axis.set_title(f"{data}, {steps} steps: {measure}", fontsize=7)
+            axis.set_yticks(range(len(recipes)), recipes, fontsize=7)
+            axis.tick_params(axis="x", labelsize=7)
+    return figure
 
 
 def _is(row: dict[str, str], args: EvidenceArgs, recipe: str, seed: int) -> bool:

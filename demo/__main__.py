@@ -35,7 +35,7 @@ def run_demo(config: DemoConfig) -> None:
     images = root / "images"
     if not (root / "images.done").exists():
         train, val = compose_images(
-            images, train_per_scan=config.train_per_scan, val_per_scan=config.val_per_scan, seed=config.seed
+            root, train_per_scan=config.train_per_scan, val_per_scan=config.val_per_scan, seed=config.seed
         )
         (root / "images.done").write_text(f"{train} train, {val} val\n")
     print((root / "images.done").read_text(), end="")

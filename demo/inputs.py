@@ -38,7 +38,7 @@ _LR = 1e-3
 
 
 def compose_images(folder: Path, *, train_per_scan: int, val_per_scan: int, seed: int) -> tuple[int, int]:
-    """Write `folder/train/digit_N/*.jpg` and `folder/val/digit_N/*.jpg`.
+    """Write `folder/images/{train,val}/digit_N/*.jpg`, and `folder/masks` alike: PNGs, 0 ground, N + 1 ink of digit N.
 
     The same arguments give the same bytes on every machine with the same versions of NumPy and Pillow.
 
@@ -52,18 +52,23 @@ def compose_images(folder: Path, *, train_per_scan: int, val_per_scan: int, seed
     for scan_number, label in enumerate(tqdm(digits.target.tolist(), desc="composing images", unit="scan")):
         seen_of_class[label] += 1
         split = "val" if seen_of_class[label] % _HELD_OUT_EVERY == 0 else "train"
-        target = folder / split / f"digit_{label}"
-        target.mkdir(parents=True, exist_ok=True)
+        targets = [folder / kind / split / f"digit_{label}" for kind in ("images", "masks")]
+        for target in targets:
+            target.mkdir(parents=True, exist_ok=True)
         for copy in range(train_per_scan if split == "train" else val_per_scan):
             rng = np.random.Generator(np.random.Philox(key=seed, counter=[scan_number, copy, 0, 0]))
-            image = _compose(scans[scan_number], rng)
-            Image.fromarray(image).save(target / f"scan{scan_number:04d}_{copy}.jpg", quality=_JPEG_QUALITY)
+            image, ink = _compose(scans[scan_number], rng)
+            name = f"scan{scan_number:04d}_{copy}"
+            Image.fromarray(image).save(targets[0] / f"{name}.jpg", quality=_JPEG_QUALITY)
+            Image.fromarray((ink > 0.5).astype(np.uint8) * (label + 1)).save(targets[1] / f"{name}.png")
             counts[split] += 1
     return counts["train"], counts["val"]
 
 
-def _compose(scan: npt.NDArray[np.float64], rng: np.random.Generator) -> npt.NDArray[np.uint8]:
-    """Return one image, uint8 [height, width, 3]."""
+def _compose(
+    scan: npt.NDArray[np.float64], rng: np.random.Generator
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float64]]:
+    """Return one image, uint8 [height, width, 3], and its share of ink, [height, width] in 0..1."""
     height, width = (int(side) for side in rng.integers(64, 105, size=2))
     side = int(rng.uniform(0.6, 0.85) * min(height, width))
     # Somewhere in the middle half of the free space, so that the centre crop of an evaluation holds the digit.
@@ -75,7 +80,7 @@ def _compose(scan: npt.NDArray[np.float64], rng: np.random.Generator) -> npt.NDA
     light = _colour(rng, saturation=0.6, value=(0.75, 1.0))
     noise = rng.normal(0, 0.02, size=(height, width, 3))
     pixels = ground + (light - ground) * ink + noise
-    return (pixels.clip(0, 1) * 255).round().astype(np.uint8)
+    return (pixels.clip(0, 1) * 255).round().astype(np.uint8), ink[..., 0]
 
 
 def _colour(rng: np.random.Generator, *, saturation: float, value: tuple[float, float]) -> npt.NDArray[np.float64]:

@@ -123,7 +123,7 @@ def main() -> None:
     plans_masks_and_order()
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        compose_images(root / "images", train_per_scan=1, val_per_scan=1, seed=0)
+        compose_images(root, train_per_scan=1, val_per_scan=1, seed=0)
         shards = root / "shards"
         command("-m", "shards", "pack", "--source", root / "images/val", "--output", shards, "--rows-per-shard", 128)
         say("shards", (path.read_bytes() for path in [*sorted(shards.glob("*.tar")), shards / "index.npz"]))

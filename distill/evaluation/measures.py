@@ -23,7 +23,7 @@ TEMPERATURE = 0.07
 BLOCK_ELEMENTS = 2**26
 
 
-def knn_predict(
+def knn_votes(
     bank: Float[Tensor, "n d"],
     bank_labels: Int64[Tensor, " n"],
     queries: Float[Tensor, "q d"],
@@ -31,8 +31,8 @@ def knn_predict(
     k: Sequence[int],
     temperature: float = TEMPERATURE,
     block_elements: int = BLOCK_ELEMENTS,
-) -> dict[int, Int64[Tensor, " q"]]:
-    """Class of each query by the vote of its k nearest bank rows in cosine similarity.
+) -> Iterator[dict[int, Float[Tensor, "r c"]]]:
+    """Votes of each query's k nearest bank rows in cosine similarity, for consecutive blocks of r queries.
 
     A neighbour of similarity s votes exp(s / temperature) for its class (Wu et al. 2018, "Unsupervised
     feature learning via non-parametric instance discrimination", as used by DINO, DINOv2 and DINOv3).
@@ -45,9 +45,6 @@ def knn_predict(
         temperature: of the vote.
         block_elements: similarities computed at once; bounds the memory, not the result.
 
-    Returns:
-        For each k, the predicted class of each query, int64 [q], on the device of `bank`.
-
     Raises:
         UserError: a k is below 1 or above the number of possible neighbours.
     """
@@ -59,19 +56,33 @@ def knn_predict(
     bank = F.normalize(bank.float(), dim=1)
     num_classes = int(bank_labels.max()) + 1
     rows_at_once = max(1, block_elements // max(len(bank), num_classes))
-    predictions: dict[int, list[Tensor]] = {each: [] for each in k}
-    for start in range(0, len(queries), rows_at_once):
-        block = F.normalize(queries[start : start + rows_at_once].float(), dim=1)
-        similarity = block @ bank.T  # [r, n]
+    for block in queries.split(rows_at_once):
+        similarity = F.normalize(block.float(), dim=1) @ bank.T  # [r, n]
         nearest, index = similarity.topk(max(k), dim=1)
-        votes = ((nearest - 1) / temperature).exp()  # shifted by the greatest similarity: only ratios count
+        weights = ((nearest - 1) / temperature).exp()  # shifted by the greatest similarity: only ratios count
         labels = bank_labels[index]
-        for each in predictions:
-            tally = votes.new_zeros(len(block), num_classes)
-            tally.scatter_add_(1, labels[:, :each], votes[:, :each])
+        yield {
+            each: weights.new_zeros(len(block), num_classes).scatter_add_(1, labels[:, :each], weights[:, :each])
+            for each in k
+        }
+
+
+def knn_predict(
+    bank: Float[Tensor, "n d"],
+    bank_labels: Int64[Tensor, " n"],
+    queries: Float[Tensor, "q d"],
+    *,
+    k: Sequence[int],
+    temperature: float = TEMPERATURE,
+    block_elements: int = BLOCK_ELEMENTS,
+) -> dict[int, Int64[Tensor, " q"]]:
+    """For each k the class of each query with most votes, int64 [q], on the device of `bank`; see `knn_votes`."""
+    predictions: dict[int, list[Tensor]] = {each: [bank_labels.new_empty(0)] for each in k}
+    blocks = knn_votes(bank, bank_labels, queries, k=k, temperature=temperature, block_elements=block_elements)
+    for votes in blocks:
+        for each, tally in votes.items():
             predictions[each].append(tally.argmax(dim=1))
-    empty = bank_labels.new_empty(0)
-    return {each: torch.cat([empty, *parts]) for each, parts in predictions.items()}
+    return {each: torch.cat(parts) for each, parts in predictions.items()}
 
 
 def knn_accuracy(

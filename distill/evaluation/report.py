@@ -11,7 +11,7 @@ from pathlib import Path
 from common.files import json_sha256, write_atomic
 from distill.evaluation.linear import LinearProtocol, LinearResult
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Protocol:
         train_rows, val_rows: labelled images used.
         seed: of the sample where not all rows are used, and of random weights.
         backend: who decoded and cropped; backends differ by less than 0.2/255 a pixel.
+        masks: fingerprint of the masks, if there are any.
         version: of this protocol.
     """
 
@@ -48,6 +49,7 @@ class Protocol:
     val_rows: int
     seed: int
     backend: str
+    masks: str | None = None
     version: int = PROTOCOL_VERSION
 
     def sha256(self) -> str:
@@ -71,6 +73,8 @@ class ModelReport:
         rankme: effective rank of the val cls tokens.
         embed_dim: their width, the greatest effective rank possible.
         cosine: to the teacher's cls tokens after a linear map; None without a teacher, and for the teacher.
+        patch_cosine: the same of patch tokens; None also where the grids differ.
+        segmentation: mean IoU in percent by protocol, `linear` and `knn`; None without masks.
     """
 
     name: str
@@ -84,6 +88,8 @@ class ModelReport:
     rankme: float
     embed_dim: int
     cosine: float | None
+    patch_cosine: float | None = None
+    segmentation: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -139,7 +145,9 @@ def write_probe_json(report: ProbeReport, path: Path) -> None:
 def results_table(report: ProbeReport) -> str:
     """The report as a text table: a row a model, the gap closed, and what a reader must know beside it."""
     ks = report.protocol.knn_k
-    header = ["model", "parameters", *(f"k-NN@{k}" for k in ks), "linear", "features", "RankMe", "cosine"]
+    header = ["model", "parameters", *(f"k-NN@{k}" for k in ks), "linear", "features", "RankMe", "cosine", "patches"]
+    segmented = any(model.segmentation for model in report.models)
+    header += ["mIoU", "mIoU k-NN"] if segmented else []
     rows = [
         [
             model.name,
@@ -148,14 +156,15 @@ def results_table(report: ProbeReport) -> str:
             f"{model.best.top1:.2f}",
             model.best.features,
             f"{model.rankme:.1f}/{model.embed_dim}",
-            "" if model.cosine is None else f"{model.cosine:.3f}",
+            *("" if cosine is None else f"{cosine:.3f}" for cosine in (model.cosine, model.patch_cosine)),
+            *(f"{(model.segmentation or {}).get(name, math.nan):.2f}" for name in ("linear", "knn") if segmented),
         ]
         for model in report.models
     ]
     gaps = report.gaps()
     if gaps:
         cells = [_percent(gaps[f"knn_{k}"]) for k in ks]
-        rows.append(["gap closed", "", *cells, _percent(gaps["linear"]), "", "", ""])
+        rows.append(["gap closed", "", *cells, _percent(gaps["linear"]), *[""] * (len(header) - len(ks) - 3)])
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     sides = ["<" if name in ("model", "features") else ">" for name in header]
     lines = [

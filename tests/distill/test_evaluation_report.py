@@ -63,6 +63,14 @@ def a_model(name: str, knn: float, top1: float, **changes: Any) -> ModelReport:
     return replace(model, **changes)
 
 
+def test_patches_and_masks_have_their_columns_where_they_were_measured() -> None:
+    scores = {"linear": 40.125, "knn": 35.5}
+    models = [a_model("student", 70, 74, patch_cosine=0.5, segmentation=scores), a_model("teacher", 96, 96, cosine=None)]
+    lines = results_table(a_report(models=models)).split("\n")
+    assert lines[0].split()[-4:] == ["patches", "mIoU", "mIoU", "k-NN"]
+    assert lines[2].split()[-3:] == ["0.500", "40.12", "35.50"]
+
+
 def a_report(**changes: Any) -> ProbeReport:
     models = [a_model("student", 70, 74), a_model("teacher", 96, 96, cosine=None), a_model("random", 18, 30)]
     return replace(ProbeReport(a_protocol(), models), **changes)
@@ -104,7 +112,7 @@ def test_the_table_shows_each_model_and_what_a_reader_must_know() -> None:
         a_model("random", 18, 30, linear=[edge], left_out=["cls, last 4"]),
     ]
     lines = results_table(a_report(models=models)).split("\n")
-    header = "model parameters k-NN@10 k-NN@20 linear features RankMe cosine"
+    header = "model parameters k-NN@10 k-NN@20 linear features RankMe cosine patches"
     assert lines[0].split() == header.split()
     assert lines[2].split() == ["student", "1.5", "M", "70.00", "71.00", "74.00", "cls", "31.2/64", "0.750"]
     assert lines[3].split() == ["teacher", "1.5", "M", "96.00", "97.00", "96.00", "cls", "31.2/64"]

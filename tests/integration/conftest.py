@@ -59,7 +59,7 @@ def _last_wins(words: list[str]) -> list[str]:
 @pytest.fixture(scope="session")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
     root = tmp_path_factory.mktemp("workplace")
-    compose_images(root / "images", train_per_scan=1, val_per_scan=1, seed=0)
+    compose_images(root, train_per_scan=1, val_per_scan=1, seed=0)
     place = Workplace(root / "shards", root / "val", root / "teacher", root / "cache")
     pack(root / "images" / "val", place.shards, rows_per_shard=128, workers=1)
     pack(root / "images" / "val", place.val_shards, rows_per_shard=512, workers=1, seed=1)

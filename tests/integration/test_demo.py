@@ -8,8 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
+
 from demo import CROPS, STUDENT_FLAGS, crop_flags
 from demo.inputs import compose_images
+from distill.evaluation.segmentation import find_masked_images
 from distill.runtime import parse_config
 from shards.manifest import load_manifest
 
@@ -51,12 +55,20 @@ def test_no_scan_is_in_both_train_and_val_and_the_same_seed_gives_the_same_bytes
     for name in ("a", "b"):
         train, val = compose_images(tmp_path / name, train_per_scan=1, val_per_scan=1, seed=3)
     assert train + val == 1797
-    files = {p.relative_to(tmp_path / "a"): p.read_bytes() for p in (tmp_path / "a").rglob("*.jpg")}
-    assert len(files) == 1797
-    assert files == {p.relative_to(tmp_path / "b"): p.read_bytes() for p in (tmp_path / "b").rglob("*.jpg")}
-    scans = {split: {p.name for p in files if p.parts[0] == split} for split in ("train", "val")}
+    files = {p.relative_to(tmp_path / "a"): p.read_bytes() for p in (tmp_path / "a").rglob("*.*")}
+    assert len(files) == 2 * 1797  # an image and a mask each
+    assert files == {p.relative_to(tmp_path / "b"): p.read_bytes() for p in (tmp_path / "b").rglob("*.*")}
+    scans = {split: {p.stem for p in files if p.parts[1] == split} for split in ("train", "val")}
     assert not scans["train"] & scans["val"]
-    assert len({p.parts[1] for p in files if p.parts[0] == "val"}) == 10
+    assert len({p.parts[2] for p in files if p.parts[1] == "val"}) == 10
+
+
+def test_a_mask_holds_the_digit_where_there_is_ink(tmp_path: Path) -> None:
+    compose_images(tmp_path, train_per_scan=1, val_per_scan=1, seed=3)
+    for image, mask in find_masked_images(tmp_path).val[::40]:
+        pixels, classes = np.asarray(Image.open(image)).max(2), np.asarray(Image.open(mask))
+        assert set(np.unique(classes)) == {0, int(image.parent.name[-1]) + 1}
+        assert pixels[classes > 0].min() > pixels[classes == 0].mean()
 
 
 def test_the_flags_of_the_demo_ask_for_its_own_crops() -> None:
@@ -71,7 +83,7 @@ def test_the_flags_of_the_demo_ask_for_its_own_crops() -> None:
 
 
 def test_the_demo_set_packs_into_shards_with_ten_classes(tmp_path: Path) -> None:
-    compose_images(tmp_path / "images", train_per_scan=1, val_per_scan=1, seed=0)
+    compose_images(tmp_path, train_per_scan=1, val_per_scan=1, seed=0)
     packed = subprocess.run(
         [sys.executable, "-m", "shards", "pack", "--source", tmp_path / "images" / "val", "--output", tmp_path / "s"],
         cwd=ROOT, capture_output=True, text=True, check=False,

@@ -24,8 +24,10 @@ def test_recipes_are_compared_over_seeds_and_a_second_call_makes_what_is_missing
     args = EvidenceArgs(
         data="digits", train=str(workplace.shards), val=str(workplace.val_shards), cache=str(workplace.cache),
         recipes=("regression", "five --spd_loss_weight 2"), seeds=(0,), flags=" ".join(words),
-        probe_flags="--layers 1 --knn_k 5 --pca_images 0 --max_train_rows 100 --max_val_rows 50 --device cpu",
+        probe_flags="--layers 1 --knn_k 5 --pca_images 0 --max_train_rows 100 --max_val_rows 50 --device cpu"
+        f" --segmentation {workplace.shards.parent} --segmentation_images 40",
         output=str(tmp_path / "runs"), results=str(tmp_path / "evidence.csv"),
+        page=str(tmp_path / "evidence.md"),
     )  # fmt: skip
     rows = gather(args)
     assert [(row["recipe"], row["seed"], row["steps"]) for row in rows] == [
@@ -36,8 +38,15 @@ def test_recipes_are_compared_over_seeds_and_a_second_call_makes_what_is_missing
     student = report["models"][0]
     assert float(rows[1]["knn"]) == pytest.approx(student["knn"]["5"], rel=1e-5)
     assert float(rows[1]["linear"]) == pytest.approx(student["best"]["top1"], rel=1e-5)
+    assert float(rows[1]["patch_cosine"]) == pytest.approx(student["patch_cosine"], rel=1e-5)
+    assert float(rows[1]["miou"]) == pytest.approx(student["segmentation"]["linear"], rel=1e-5)
     assert float(rows[0]["cpu_seconds"]) > 0
     assert f"| `regression` | 1 | {float(rows[0]['knn']):.2f} (0.00) |" in capfd.readouterr().out
+
+    page = (tmp_path / "evidence.md").read_text()
+    assert "## digits, 4 steps" in page
+    assert f"| `regression` | 1 | {float(rows[0]['knn']):.2f} (0.00) |" in page
+    assert (tmp_path / "evidence.png").read_bytes().startswith(b"\x89PNG")
 
     more = gather(replace(args, recipes=("regression",), seeds=(0, 1)))
     assert [row["seed"] for row in more] == ["0", "1"]
@@ -50,6 +59,7 @@ def test_a_recipe_that_fails_says_so_and_leaves_no_row(workplace: Workplace, tmp
     args = EvidenceArgs(
         data="digits", train=str(workplace.shards), val=str(workplace.val_shards), cache=str(workplace.cache),
         recipes=("sixth",), output=str(tmp_path / "runs"), results=str(tmp_path / "evidence.csv"),
+        page=str(tmp_path / "evidence.md"),
     )  # fmt: skip
     with pytest.raises(UserError, match=r"train.py --preset sixth ...` ended with status 2"):
         gather(args)

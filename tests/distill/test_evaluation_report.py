@@ -65,7 +65,8 @@ def a_model(name: str, knn: float, top1: float, **changes: Any) -> ModelReport:
 
 def test_patches_and_masks_have_their_columns_where_they_were_measured() -> None:
     scores = {"linear": 40.125, "knn": 35.5}
-    models = [a_model("student", 70, 74, patch_cosine=0.5, segmentation=scores), a_model("teacher", 96, 96, cosine=None)]
+    student = a_model("student", 70, 74, patch_cosine=0.5, segmentation=scores)
+    models = [student, a_model("teacher", 96, 96, cosine=None)]
     lines = results_table(a_report(models=models)).split("\n")
     assert lines[0].split()[-4:] == ["patches", "mIoU", "mIoU", "k-NN"]
     assert lines[2].split()[-3:] == ["0.500", "40.12", "35.50"]

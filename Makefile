@@ -14,6 +14,9 @@ SIGNALS := --signals-to-handle SIGTERM,SIGINT,SIGUSR1 --shutdown-timeout 120
 LAUNCH = $(PY) -m distill.launch $(TORCHRUN) $(SIGNALS) --nproc-per-node $(NGPU)
 RANKS = $(if $(filter 1,$(NGPU)),$(PY),$(LAUNCH))
 NGPU ?= 1
+PRESET ?= recommended
+# ARGS may name a preset or a whole configuration instead.
+CHOSEN = $(if $(findstring --preset,$(ARGS))$(findstring --config,$(ARGS)),,--preset $(PRESET))
 ARGS ?=
 export OMP_NUM_THREADS ?= 1
 # A path as one word, whatever spaces it holds; `~` as the shell has it.
@@ -76,8 +79,8 @@ cache: need-SHARDS need-CACHE setup ## Write the teacher's outputs to zarr: SHAR
 verify-cache: need-CACHE setup ## Check every committed byte of a cache: CACHE=
 	$(PY) -m cache_tools verify $(call path,$(CACHE)) --deep $(ARGS)
 
-train: need-SHARDS setup ## Distill: SHARDS= [CACHE=] [VAL=] [NGPU=1] [RUN=runs/default]; run again to resume
-	$(RANKS) train.py --data_path $(call path,$(SHARDS)) $(if $(CACHE),--cache_path $(call path,$(CACHE))) \
+train: need-SHARDS setup ## Distill: SHARDS= [CACHE=] [VAL=] [NGPU=1] [RUN=runs/default] [PRESET=recommended]; again to resume
+	$(RANKS) train.py $(CHOSEN) --data_path $(call path,$(SHARDS)) $(if $(CACHE),--cache_path $(call path,$(CACHE))) \
 	  $(if $(VAL),--val_data_path $(call path,$(VAL))) --output_dir $(call path,$(or $(RUN),runs/default)) $(ARGS)
 
 probe: need-RUN setup ## k-NN and linear probe of student, teacher and random weights: RUN=

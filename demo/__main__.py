@@ -16,7 +16,7 @@ import torch
 import tyro
 
 from common.errors import UserError, run_command
-from demo import CROPS, PATCH_SIZE, STUDENT_FLAGS, TRAIN_FLAGS, VIEW_SETS, DemoConfig, crop_flags
+from demo import BASELINE, CROPS, PATCH_SIZE, PRESET, STUDENT_FLAGS, TRAIN_FLAGS, VIEW_SETS, DemoConfig, crop_flags
 from demo.inputs import compose_images, train_teacher
 from distill.evaluation.figures import image_grid_figure, write_figure
 from pipeline.augmentation import Augmentation
@@ -57,17 +57,22 @@ def run_demo(config: DemoConfig) -> None:
         "--view_sets", VIEW_SETS, *teacher_flags, *crop_flags(config.seed),
     )  # fmt: skip
 
-    heading("5/6  distill: five losses (eager: on a CPU, compiling would take longer than the training)")
-    run = root / ("run" if config.teacher == "cache" else "run_live")
-    command(
-        "train.py", "--data_path", train_shards, "--val_data_path", root / "shards" / "val",
-        "--cache_path", root / "cache", "--teacher", config.teacher, "--output_dir", run,
-        "--max_steps", config.steps, "--seed", config.seed,
-        *teacher_flags, *crop_flags(config.seed), *STUDENT_FLAGS, *TRAIN_FLAGS,
-    )  # fmt: skip
+    heading(f"5/6  distill: {PRESET}, then the plain baseline {BASELINE}, from one cache (eager, as suits a CPU)")
+    suffix = "" if config.teacher == "cache" else "_live"
+    run, baseline = root / f"run{suffix}", root / f"{BASELINE}{suffix}"
+    for preset, folder in ((PRESET, run), (BASELINE, baseline)):
+        command(
+            "train.py", "--preset", preset, "--data_path", train_shards, "--val_data_path", root / "shards" / "val",
+            "--cache_path", root / "cache", "--teacher", config.teacher, "--output_dir", folder,
+            "--max_steps", config.steps, "--seed", config.seed,
+            *teacher_flags, *crop_flags(config.seed), *STUDENT_FLAGS, *TRAIN_FLAGS,
+        )  # fmt: skip
 
-    heading("6/6  probe: k-NN and linear accuracy of student, teacher and random weights")
-    command("probe.py", "--run", run, "--layers", "1", "--knn_k", "10", "20", "--max_train_rows", "3000")
+    heading("6/6  probe: the student, its baseline, the teacher and random weights")
+    command(
+        "probe.py", "--run", run, "--models", "run", f"run:{baseline}", "teacher", "random", "--layers", "1",
+        "--knn_k", "10", "20", "--max_train_rows", "3000", "--segmentation", root, "--segmentation_images", "400",
+    )  # fmt: skip
     write_crop_sheet(train_shards, augmentation, run / "probe" / "crops.png", seed=config.seed)
     print(write_summary(run, config, seconds=time.perf_counter() - start))
 
@@ -139,7 +144,8 @@ def write_summary(run: Path, config: DemoConfig, *, seconds: float) -> str:
     figures = "\n".join(f"  {path}" for path in sorted(probe.glob("*.png")))
     text = (
         f"\n{(probe / 'table.txt').read_text().rstrip()}\n\n"
-        f"seed {config.seed}; student: {config.steps} steps of 48 images, targets {config.teacher}; "
+        f"seed {config.seed}; student: {config.steps} steps of 48 images by preset {PRESET}, beside it {BASELINE}; "
+        f"targets {config.teacher}; "
         f"CPU, {seconds:.0f} s for what this call had to do\n"
         f"figures:\n{figures}\n"
         f"next: make export RUN={run}, or the README's commands for ImageNet\n"

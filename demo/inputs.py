@@ -32,7 +32,7 @@ from pipeline.loader import open_loader
 _HELD_OUT_EVERY = 5
 _JPEG_QUALITY = 90
 
-TEACHER_ARGS = {"embed_dim": 128, "depth": 4, "num_heads": 4, "init_values": 0.1}
+TEACHER_ARGS = {"embed_dim": 96, "depth": 4, "num_heads": 3, "init_values": 0.1}
 _BATCH_SIZE = 64
 _LR = 1e-3
 

@@ -115,7 +115,7 @@ class LossConfig:
     patch_loss_weight: float = 0.0
     """Baseline: cosine and smooth L1 on standardised patch tokens."""
     mse_loss_weight: float = 0.0
-    """Baseline: mean squared error on standardised cls and patch tokens."""
+    """Mean squared error on standardised cls and patch tokens: the preset regression, and part of recommended."""
     gram_loss_weight: float = 0.0
     """Baseline: DINOv3's mean squared error of patch Gram matrices."""
     softmax_gram_loss_weight: float = 0.0
@@ -249,7 +249,7 @@ class TrainConfig:
     """Everything that decides a training run; saved as config.json in the run's folder."""
 
     preset: str = "five"
-    """What is learned, and from which crops: five, five_plus_patch, regression, proteus, gram_like or lightly_like."""
+    """What is learned, from which crops: five, recommended, regression, proteus or another; see docs/recipes.md."""
     data: DataConfig = field(default_factory=DataConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
@@ -335,6 +335,10 @@ _NO_LOSS = {f.name: 0.0 for f in dataclasses.fields(LossConfig) if f.name.endswi
 # distillationv3. docs/recipes.md says where a `_like` differs from its model.
 PRESETS: dict[str, dict[str, Any]] = {
     "five": {},
+    "recommended": {
+        "mse_loss_weight": 1.0, "spd_loss_weight": 10.0, "dino_loss_weight": 0.1, "ibot_loss_weight": 0.1,
+        "cls_loss_weight": 0.1, "koleo_loss_weight": 0.01,
+    },
     "five_plus_patch": {"patch_loss_weight": 1.0},
     "regression": _NO_LOSS | {"mse_loss_weight": 1.0},
     "proteus": _NO_LOSS | {

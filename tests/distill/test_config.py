@@ -80,7 +80,7 @@ def test_a_preset_sets_the_weights_and_single_flags_go_over_it() -> None:
     config = parse_config(["--preset=gram_like", "--koleo_loss_weight", "0"])
     assert (config.losses.gram_loss_weight, config.losses.spd_loss_weight) == (2.0, 0.0)
     assert config.losses.koleo_loss_weight == 0.0
-    with pytest.raises(UserError, match=r"Did you mean 'gram_like'.*There are: five, five_plus_patch, regression"):
+    with pytest.raises(UserError, match=r"Did you mean 'gram_like'.*There are: five, recommended, five_plus_patch"):
         preset("gram")
 
 

@@ -93,11 +93,11 @@ def test_every_preset_trains_its_own_terms_live(
     assert asked
     assert all(lines[-1][term] < lines[0][term] for term in asked)
     assert not any(lines[-1].get(term) for term in off)
-    reads_local = name in ("five_plus_patch", "gram_like", "proteus")  # proteus asks for none
+    reads_local = name in ("recommended", "five_plus_patch", "gram_like", "proteus")  # proteus asks for none
     assert ("no local crops, which no loss reads" in capsys.readouterr().err) == (not reads_local)
     _, state = load_newest(tmp_path)  # type: ignore[misc]
     prototypes = state["model"]["cls_bank.weight"].shape[0]
-    assert prototypes == (32 if name in ("five_plus_patch", "gram_like") else 0)
+    assert prototypes == (32 if name in ("recommended", "five_plus_patch", "gram_like") else 0)
 
 
 def test_one_global_crop_teaches_alike_live_and_cached(workplace: Workplace, run_here: Run, tmp_path: Path) -> None:

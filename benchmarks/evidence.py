@@ -53,9 +53,9 @@ class EvidenceArgs:
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of the student's initialisation: one run each."""
     flags: str = ""
-    """Flags of train.py for every run: teacher, crops, student, length."""
+    """Flags of train.py for every run: teacher, crops, student, length. One word: --flags="--max_steps 300 ..."."""
     probe_flags: str = ""
-    """Flags of probe.py for every run."""
+    """Flags of probe.py for every run, as one word too."""
     output: str = "runs/evidence"
     """Folder of the runs."""
     results: str = str(RESULTS)

@@ -25,7 +25,8 @@ _STUDENT = f"--patch_size {PATCH_SIZE} --embed_dim 64 --depth 3 --num_heads 2 --
 # So narrow a student, its weights drawn at 0.02, wants a far higher rate than ViT-S.
 _TRAIN = """--batch_size_per_gpu 48 --lr 64e-3 --beta2 0.95 --patch_embed_lr_scale 1 --warmup_epochs 0.5
     --ema_momentum 0.98 --koleo_warmup_steps 100 --num_prototypes 256 --teacher_temp calibrated --no_compile
-    --num_threads 2 --log_every 20 --checkpoint_every 50 --knn_every_epochs 2 --knn_max_rows 2000 --term_gradients_every 100"""
+    --num_threads 2 --log_every 20 --checkpoint_every 50 --knn_every_epochs 2 --knn_max_rows 2000
+    --term_gradients_every 100"""
 STUDENT_FLAGS, TRAIN_FLAGS = _STUDENT.split(), _TRAIN.split()
 VIEW_SETS = 2
 PRESET, BASELINE = "recommended", "regression"

@@ -50,10 +50,12 @@ class EvidenceArgs:
     """The teacher's outputs, one cache for all recipes."""
     recipes: tuple[str, ...]
     """Presets, each with flags over it where wanted: five "five --spd_loss_weight 20"."""
+    teacher: str | None = None
+    """`--teacher_arch` of every run, the cache's teacher: a place, so it is not in the rows."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of the student's initialisation: one run each."""
     flags: str = ""
-    """Flags of train.py for every run: teacher, crops, student, length. One word: --flags="--max_steps 300 ..."."""
+    """Flags of train.py for every run: crops, student, length. One word: --flags="--max_steps 300 ..."."""
     probe_flags: str = ""
     """Flags of probe.py for every run, as one word too."""
     output: str = "runs/evidence"
@@ -91,7 +93,8 @@ def run(args: EvidenceArgs, recipe: str, seed: int) -> dict[str, Any]:
     before = _cpu_seconds()
     _python(
         "train.py", "--preset", name, "--data_path", args.train, "--val_data_path", args.val,
-        "--cache_path", args.cache, "--output_dir", folder, "--seed", seed, *shlex.split(args.flags), *flags,
+        "--cache_path", args.cache, "--output_dir", folder, "--seed", seed,
+        *(("--teacher_arch", args.teacher) if args.teacher else ()), *shlex.split(args.flags), *flags,
     )  # fmt: skip
     trained = _cpu_seconds()
     _python("probe.py", "--run", folder, *shlex.split(args.probe_flags))

@@ -34,7 +34,9 @@ def test_the_demo_leaves_a_table_and_figures_and_a_second_call_repeats_nothing(t
     assert first.returncode == 0, first.stderr[-3000:]
     table = (tmp_path / "demo" / "results.txt").read_text()
     report = json.loads((tmp_path / "demo" / "run" / "probe" / "probe.json").read_text())
-    assert [model["name"] for model in report["models"]] == ["student", "teacher", "random"]
+    baseline = f"run:{tmp_path / 'demo' / 'regression'}"
+    assert [model["name"] for model in report["models"]] == ["student", baseline, "teacher", "random"]
+    assert all(model["segmentation"]["linear"] > 0 for model in report["models"])
     assert all(name in table for name in ("student", "teacher", "random", "gap closed", "seed 0"))
     figures = {path.name for path in (tmp_path / "demo" / "run" / "probe").glob("*.png")}
     assert figures >= {"losses.png", "targets.png", "accuracies.png", "patch_pca.png", "crops.png"}

@@ -23,7 +23,8 @@ def test_recipes_are_compared_over_seeds_and_a_second_call_makes_what_is_missing
         del words[at : at + length]
     args = EvidenceArgs(
         data="digits", train=str(workplace.shards), val=str(workplace.val_shards), cache=str(workplace.cache),
-        recipes=("regression", "five --spd_loss_weight 2"), seeds=(0,), teacher=f"local-dir:{workplace.teacher}", flags=" ".join(words),
+        recipes=("regression", "five --spd_loss_weight 2"), seeds=(0,), flags=" ".join(words),
+        teacher=f"local-dir:{workplace.teacher}",
         probe_flags="--layers 1 --knn_k 5 --pca_images 0 --max_train_rows 100 --max_val_rows 50 --device cpu"
         f" --segmentation {workplace.shards.parent} --segmentation_images 40",
         output=str(tmp_path / "runs"), results=str(tmp_path / "evidence.csv"),

@@ -57,7 +57,8 @@ def create_backbone(
             last = error
     raise UserError(
         f"architecture {arch}: timm cannot create it ({str(last).splitlines()[0]}). "
-        f"Use one of {', '.join(FAMILY)}, another timm ViT or CNN, or local-dir:FOLDER."
+        f"Use one of {', '.join(FAMILY)}, another timm ViT or CNN, or local-dir:FOLDER, or leave out a setting that it "
+        "names."
     ) from last
 
 

@@ -152,7 +152,7 @@ def _choose_and_score(
     # Of equal accuracies on the held-out part the first is taken: the strongest lambda, the smallest rate.
     if protocol.solver == "lbfgs":
         grid = sorted(protocol.lbfgs.regularisations, reverse=True)
-        mean, scale = _standardisation(train[:num_fit])
+        mean, scale = standardisation(train[:num_fit])
         train.sub_(mean).mul_(scale)  # in place: the largest matrix of the probe
         val = (val - mean) * scale
     else:
@@ -195,7 +195,7 @@ def _at_edge(held_out: Float[Tensor, " p"], chosen: int) -> bool:
     return bool(held_out[chosen] > held_out[neighbour])
 
 
-def _standardisation(features: Float[Tensor, "n d"]) -> tuple[Float[Tensor, " d"], Float[Tensor, " d"]]:
+def standardisation(features: Float[Tensor, "n d"]) -> tuple[Float[Tensor, " d"], Float[Tensor, " d"]]:
     """Mean and 1 / standard deviation of each channel; a constant channel is scaled by 1.
 
     Every model gets the same grid of lambdas, whatever the scale of its features, and L-BFGS is well

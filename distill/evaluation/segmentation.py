@@ -17,8 +17,8 @@ from torch import Tensor
 from common.errors import UserError
 from common.files import json_sha256
 from distill.evaluation.features import FeatureModel, extract_patch_tokens
-from distill.evaluation.linear import subset_rows
-from distill.evaluation.logistic import LinearFits, fit_logistic
+from distill.evaluation.linear import standardisation, subset_rows
+from distill.evaluation.logistic import fit_logistic
 from distill.evaluation.measures import knn_votes
 from distill.models import patch_side
 
@@ -204,12 +204,12 @@ def segmentation_miou(
     fitted = {name: _fit(model, data, device) for name, model in models.items()}
     for crops, masks in read_masked(data.val, size=size, zero_ignored=data.zero_ignored):
         for name, model in models.items():
-            fits, bank, bank_labels = fitted[name]
+            weight, bias, bank, bank_labels = fitted[name]
             tokens = extract_patch_tokens(model.entry, crops.to(device), dtype=dtype).to(device)
             flat = tokens.flatten(0, 1)
             votes = [block[NEIGHBOURS] for block in knn_votes(bank, bank_labels, flat, k=[NEIGHBOURS])]
             shares = F.normalize(torch.cat(votes), p=1, dim=1)
-            scores = {"linear": flat @ fits.weight[0].T + fits.bias[0], "knn": shares}
+            scores = {"linear": flat @ weight.T + bias, "knn": shares}
             for protocol, score in scores.items():
                 predicted = _to_pixels(score.unflatten(0, tokens.shape[:2]), size).cpu()
                 confusion = _confusion(predicted, masks)
@@ -233,26 +233,27 @@ def _drawn_labels(masks: Int64[Tensor, "b h w"], side: int, generator: torch.Gen
     return patches.gather(2, torch.randint(side**2, (*patches.shape[:2], 1), generator=generator))[..., 0]
 
 
-def _fit(model: _Model, data: MaskedImages, device: torch.device) -> tuple[LinearFits, Tensor, Tensor]:
-    """Return the classifier with the best strength, and the labelled tokens that vote."""
+def _fit(model: _Model, data: MaskedImages, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return weight and bias of the classifier with the best strength, and the tokens that vote with their labels."""
     labels = torch.cat(model.labels)  # [images, n]
     held = torch.zeros_like(labels, dtype=torch.bool)
     held[::_HELD_OUT_EVERY] = True
     known = labels != IGNORED
     tokens = torch.cat(model.tokens)
     features, targets = tokens[known].to(device), labels[known].to(device)
-    if len(targets.unique()) < 2 or len(targets) <= NEIGHBOURS:
+    chosen_by = held[known].to(device)
+    fit, classes = ~chosen_by, int(targets[~chosen_by].unique().numel())
+    if classes < 2 or len(targets) <= NEIGHBOURS:
         raise UserError(
-            f"--segmentation {data.root}: {len(targets)} labelled patches of {len(targets.unique())} classes in train. "
-            "Give more masks, of two classes at least."
+            f"--segmentation {data.root}: {len(targets)} labelled patches in train, {classes} classes in those to fit "
+            "to. Give more masks, of two classes at least."
         )
-    fit, chosen_by = ~held[known].to(device), held[known].to(device)
-    fits = fit_logistic(
-        features[fit], targets[fit], num_classes=int(targets.max()) + 1, regularisations=REGULARISATIONS
-    )
-    correct = (fits.predict(features[chosen_by]) == targets[chosen_by]).double().mean(1)
-    best = slice(int(correct.argmax()), int(correct.argmax()) + 1)
-    return LinearFits(fits.weight[best], fits.bias[best], fits.loss[best], fits.converged[best]), features, targets
+    mean, scale = standardisation(features[fit])  # one grid of strengths for every model
+    rows = (features - mean) * scale
+    fits = fit_logistic(rows[fit], targets[fit], num_classes=int(targets.max()) + 1, regularisations=REGULARISATIONS)
+    best = int((fits.predict(rows[chosen_by]) == targets[chosen_by]).double().mean(1).argmax())
+    weight = fits.weight[best] * scale
+    return weight, fits.bias[best] - weight @ mean, features, targets
 
 
 def _to_pixels(scores: Float[Tensor, "b n c"], size: int) -> Int64[Tensor, "b h w"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -92,10 +93,13 @@ def test_a_model_that_sees_colour_segments_colour_and_ignored_pixels_do_not_coun
     model = create_backbone("vit_small", patch_size=8, model_args={"embed_dim": 32, "depth": 1, "num_heads": 1}).eval()
     blind = create_backbone("vit_small", patch_size=8, model_args={"embed_dim": 32, "depth": 1, "num_heads": 1}).eval()
     torch.nn.init.zeros_(blind.patch_embed.proj.weight)  # type: ignore[union-attr,arg-type]
-    entries = {"sees": FeatureModel(model, normalise), "blind": FeatureModel(blind, normalise)}
+    small = copy.deepcopy(model)
+    torch.nn.init.constant_(small.norm.weight, 1e-3)  # type: ignore[union-attr,arg-type]
+    models = {"sees": model, "small numbers": small, "blind": blind}
+    entries = {name: FeatureModel(each, normalise) for name, each in models.items()}
     data = find_masked_images(tmp_path)
     scores = segmentation_miou(entries, data, size=SIZE, seed=0, device=torch.device("cpu"))
-    assert min(scores["sees"].values()) > 90
+    assert min(*scores["sees"].values(), *scores["small numbers"].values()) > 90
     assert max(scores["blind"].values()) < 50
     again = segmentation_miou(entries, data, size=SIZE, seed=0, device=torch.device("cpu"))
     assert again == scores

@@ -113,7 +113,7 @@ class ProbeConfig:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Compute dtype of the forward passes: bf16 on GPUs by default, fp32 on CPUs. Classifiers are fp32."""
     pca_images: int = 6
-    """Val images in the PCA figure; 0 for no figures at all."""
+    """Val images in the PCA figure, 64 at most; 0 for no figures at all."""
     segmentation: str | None = None
     """Folder of images and masks (ADE20K, Pascal VOC, or images/ and masks/) to segment from patch tokens."""
     segmentation_images: int = 2000
@@ -208,7 +208,7 @@ def probe(config: ProbeConfig) -> ProbeReport:
         )
 
     with stage.timed("patches"):
-        patches = compared_patches(entries, data, stage)
+        patches = compared_patches(entries, data, stage) if "teacher" in entries else None
     with stage.timed("segmentation"):
         miou = (
             segmentation_miou(entries, masked, size=size, seed=config.seed, device=device, dtype=stage.dtype)
@@ -309,24 +309,22 @@ def compared_patches(entries: Mapping[str, FeatureModel], data: ProbeData, stage
     return ComparedPatches(fit, judged, crops)
 
 
-def patch_cosine(patches: ComparedPatches, name: str) -> float | None:
+def patch_cosine(patches: ComparedPatches | None, name: str) -> float | None:
     """Cosine of a model's patch tokens to the teacher's, mapped linearly; None without one or on another grid."""
-    if name == "teacher" or "teacher" not in patches.fit:
-        return None
-    if patches.fit[name].shape[1] != patches.fit["teacher"].shape[1]:
+    if patches is None or name == "teacher" or patches.fit[name].shape[1] != patches.fit["teacher"].shape[1]:
         return None
     both = (tokens[which].flatten(0, 1) for tokens in (patches.fit, patches.judged) for which in (name, "teacher"))
     return cosine_to_teacher(*both, ridge=RIDGE)
 
 
-def write_figures(report: ProbeReport, patches: ComparedPatches, stage: Stage, output: Path) -> None:
+def write_figures(report: ProbeReport, patches: ComparedPatches | None, stage: Stage, output: Path) -> None:
     """Accuracies; PCA of patch features if there is a teacher; the run's curves if there is a run."""
     ks = report.protocol.knn_k
     accuracies = {
         model.name: {**{f"k-NN@{k}": model.knn[k] for k in ks}, "linear": model.best.top1} for model in report.models
     }
     figures.write_figure(figures.accuracy_bars_figure(accuracies), output / "accuracies.png")
-    if "teacher" in patches.fit:
+    if patches is not None:
         figures.write_figure(pca_figure(patches, stage), output / "patch_pca.png")
     if stage.config.run is not None:
         levels = {model.name: model.knn[ks[-1]] for model in report.models if model.name in ("teacher", "random")}

@@ -132,13 +132,12 @@ def table(rows: Sequence[dict[str, str]], recipes: Sequence[str]) -> str:
     """Return mean and spread (greatest less least) of each measure over the seeds, a line a recipe, as Markdown."""
     lines = ["| recipe | seeds | " + " | ".join(MEASURES) + " |", "|---|---|" + "---|" * len(MEASURES)]
     for recipe in recipes:
-        of_it = [row for row in rows if row["recipe"] == recipe]
         cells = []
         for measure in MEASURES:
-            values = [float(row[measure]) for row in of_it if row[measure]]
+            values = _values(rows, recipe, measure)
             spread = max(values) - min(values) if values else 0.0
             cells.append(f"{statistics.fmean(values):.2f} ({spread:.2f})" if values else "-")
-        lines.append(f"| `{recipe}` | {len(of_it)} | {' | '.join(cells)} |")
+        lines.append(f"| `{recipe}` | {len(_values(rows, recipe, 'seed'))} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -153,8 +152,7 @@ def write_page(rows: Sequence[dict[str, str]], path: Path) -> None:
     ]
     for (data, steps, flags), of_group in groups.items():
         recipes = list(dict.fromkeys(row["recipe"] for row in of_group))
-        cost = {r: [float(row["cpu_seconds"]) for row in of_group if row["recipe"] == r] for r in recipes}
-        costs = ", ".join(f"`{recipe}` {statistics.fmean(seconds):.0f}" for recipe, seconds in cost.items())
+        costs = ", ".join(f"`{r}` {statistics.fmean(_values(of_group, r, 'cpu_seconds')):.0f}" for r in recipes)
         machines = "; ".join(dict.fromkeys(row["hardware"] for row in of_group))
         parts.append(
             f"## {data}, {steps} steps\n\n{table(of_group, recipes)}\n\n"
@@ -174,7 +172,7 @@ def recipes_figure(groups: Mapping[tuple[str, str, str], Sequence[dict[str, str]
         recipes = list(dict.fromkeys(row["recipe"] for row in rows))[::-1]
         for axis, measure in zip(line, shown, strict=True):
             for place, recipe in enumerate(recipes):
-                values = [float(row[measure]) for row in rows if row["recipe"] == recipe and row[measure]]
+                values = _values(rows, recipe, measure)
                 axis.plot(values, [place] * len(values), "o", ms=4, alpha=0.6, color=f"C{place}")
                 if values:
                     axis.plot([statistics.fmean(values)] * 2, [place - 0.3, place + 0.3], color=f"C{place}")
@@ -182,6 +180,11 @@ def recipes_figure(groups: Mapping[tuple[str, str, str], Sequence[dict[str, str]
             axis.set_yticks(range(len(recipes)), recipes, fontsize=7)
             axis.tick_params(axis="x", labelsize=7)
     return figure
+
+
+def _values(rows: Sequence[dict[str, str]], recipe: str, column: str) -> list[float]:
+    """Figures of a recipe, one a seed; none where it was not measured."""
+    return [float(row[column]) for row in rows if row["recipe"] == recipe and row[column]]
 
 
 def _is(row: dict[str, str], args: EvidenceArgs, recipe: str, seed: int) -> bool:

@@ -140,6 +140,11 @@ def configure_torch(config: RuntimeConfig, device: torch.device) -> bool:
     import torch._functorch.config as functorch_config
 
     functorch_config.backward_pass_autocast = "off"
+    if compiles(config, device):
+        # Dynamo keeps what it compiled by the line of code: an earlier run of this process would count as a recompile.
+        # Here and not at the step, so that a teacher compiled to fit prototypes is not compiled again.
+        torch._dynamo.reset()
+        torch._dynamo.config.error_on_recompile = False
     if device.type == "cuda":
         import torch._inductor.config as inductor_config
 
@@ -175,8 +180,6 @@ def versions() -> dict[str, str]:
 def wrap_step(step: nn.Module, config: RuntimeConfig, ranks: Ranks) -> nn.Module:
     """Compile the step as one graph with static shapes, and average its gradients over the ranks."""
     if compiles(config, ranks.device):
-        # Dynamo keeps what it compiled by the line of code: an earlier run of this process would count as a recompile.
-        torch._dynamo.reset()
         torch._dynamo.config.error_on_recompile = True
         step.compile(backend=config.compile_backend, fullgraph=True, dynamic=False)
     if ranks.world_size == 1:

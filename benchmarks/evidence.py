@@ -31,8 +31,12 @@ from distill.evaluation.figures import write_figure
 
 RESULTS = Path(__file__).parent / "results" / "evidence.csv"
 PAGE = Path(__file__).parents[1] / "docs" / "evidence.md"
-# Of the student's EMA: top-1 in percent, cosines to the teacher, effective rank, mean IoU in percent.
-MEASURES = ("knn", "linear", "cosine", "rankme", "patch_cosine", "miou", "miou_knn")
+# Of the student's EMA: top-1 in percent, cosines to the teacher, effective rank, mean IoU in percent; of training:
+# divergence from DINO's target at the end in nats, median images/s.
+MEASURES = (
+    "knn", "linear", "cosine", "rankme", "patch_cosine", "miou", "miou_knn", "dino_kl", "images_per_second",
+)  # fmt: skip
+_SHOWN = ("knn", "linear", "cosine", "patch_cosine", "miou", "miou_knn")
 _KEY = ("data", "recipe", "flags", "seed")
 
 
@@ -99,7 +103,9 @@ def run(args: EvidenceArgs, recipe: str, seed: int) -> dict[str, Any]:
     trained = _cpu_seconds()
     _python("probe.py", "--run", folder, *shlex.split(args.probe_flags))
     report = json.loads((folder / "probe" / "probe.json").read_text())
-    student = next(model for model in report["models"] if model["name"] == "student")
+    models = {model["name"]: model for model in report["models"]}
+    student, teacher = models["student"], models.get("teacher")
+    k = str(report["protocol"]["knn_k"][-1])
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return {
         "data": args.data,
@@ -107,13 +113,17 @@ def run(args: EvidenceArgs, recipe: str, seed: int) -> dict[str, Any]:
         "flags": args.flags,
         "seed": seed,
         "steps": max(line["step"] for line in lines),
-        "knn": student["knn"][str(report["protocol"]["knn_k"][-1])],
+        "knn": student["knn"][k],
         "linear": student["best"]["top1"],
         "cosine": student["cosine"],
         "rankme": student["rankme"],
         "patch_cosine": student["patch_cosine"],
         **{name: (student["segmentation"] or {}).get(key) for name, key in (("miou", "linear"), ("miou_knn", "knn"))},
+        "dino_kl": next(x["dino_kl"] for x in reversed(lines) if "dino_kl" in x) or None,  # 0 without that loss
+        "images_per_second": statistics.median(x["images_per_second"] for x in lines if "images_per_second" in x),
         "cpu_seconds": trained - before,
+        "teacher_knn": teacher and teacher["knn"][k],
+        "teacher_linear": teacher and teacher["best"]["top1"],
         "protocol": report["protocol_sha256"][:12],
         "commit": commit(),
         "hardware": hardware(),
@@ -130,32 +140,35 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 def table(rows: Sequence[dict[str, str]], recipes: Sequence[str]) -> str:
     """Return mean and spread (greatest less least) of each measure over the seeds, a line a recipe, as Markdown."""
-    lines = ["| recipe | seeds | " + " | ".join(MEASURES) + " |", "|---|---|" + "---|" * len(MEASURES)]
+    lines = ["| recipe | steps | seeds | " + " | ".join(MEASURES) + " |", "|---|---|---|" + "---|" * len(MEASURES)]
     for recipe in recipes:
         cells = []
         for measure in MEASURES:
             values = _values(rows, recipe, measure)
             spread = max(values) - min(values) if values else 0.0
-            cells.append(f"{statistics.fmean(values):.2f} ({spread:.2f})" if values else "-")
-        lines.append(f"| `{recipe}` | {len(_values(rows, recipe, 'seed'))} | {' | '.join(cells)} |")
+            cells.append(f"{statistics.fmean(values):.4g} ({spread:.2g})" if values else "-")
+        steps = {row["steps"] for row in rows if row["recipe"] == recipe}
+        lines.append(
+            f"| `{recipe}` | {', '.join(sorted(steps))} | {len(_values(rows, recipe, 'seed'))} | {' | '.join(cells)} |"
+        )
     return "\n".join(lines)
 
 
 def write_page(rows: Sequence[dict[str, str]], path: Path) -> None:
-    """Write the Markdown page of all rows, a table for each data set and length, and the figure beside it."""
-    groups: dict[tuple[str, str, str], list[dict[str, str]]] = {}
+    """Write the Markdown page of all rows, a table for each data set and its flags, and the figure beside it."""
+    groups: dict[tuple[str, str], list[dict[str, str]]] = {}
     for row in rows:
-        groups.setdefault((row["data"], row["steps"], row["flags"]), []).append(row)
+        groups.setdefault((row["data"], row["flags"]), []).append(row)
     parts = [
         "# Evidence\n\nMade by `make evidence` from `benchmarks/results/evidence.csv`: mean over seeds of each measure "
         f"of the student, in parentheses greatest less least.\n\n![Recipes compared]({path.with_suffix('.png').name})\n"
     ]
-    for (data, steps, flags), of_group in groups.items():
+    for (data, flags), of_group in groups.items():
         recipes = list(dict.fromkeys(row["recipe"] for row in of_group))
         costs = ", ".join(f"`{r}` {statistics.fmean(_values(of_group, r, 'cpu_seconds')):.0f}" for r in recipes)
         machines = "; ".join(dict.fromkeys(row["hardware"] for row in of_group))
         parts.append(
-            f"## {data}, {steps} steps\n\n{table(of_group, recipes)}\n\n"
+            f"## {data}\n\n{table(of_group, recipes)}\n\n{_teacher(of_group)}"
             f"Seconds of CPU time a run: {costs}. {machines}.\n\nFlags of every run: `{flags}`\n"
         )
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -163,20 +176,25 @@ def write_page(rows: Sequence[dict[str, str]], path: Path) -> None:
     write_figure(recipes_figure(groups), path.with_suffix(".png"))
 
 
-def recipes_figure(groups: Mapping[tuple[str, str, str], Sequence[dict[str, str]]]) -> Figure:
+def _teacher(rows: Sequence[dict[str, str]]) -> str:
+    """Line on the teacher, which is the same in all rows; nothing where it was not probed."""
+    knn, linear = rows[-1]["teacher_knn"], rows[-1]["teacher_linear"]
+    return f"Teacher: knn {float(knn):.2f}, linear {float(linear):.2f}. " if knn else ""
+
+
+def recipes_figure(groups: Mapping[tuple[str, str], Sequence[dict[str, str]]]) -> Figure:
     """Draw a panel for each data set and measure: a dot a seed, a line for the mean, a row a recipe."""
-    shown = [m for m in MEASURES if m != "rankme"]
-    figure = Figure(figsize=(2.6 * len(shown), 2.6 * len(groups)), layout="constrained")
-    axes = figure.subplots(len(groups), len(shown), squeeze=False, sharey="row")
-    for line, ((data, steps, _), rows) in zip(axes, groups.items(), strict=True):
+    figure = Figure(figsize=(2.6 * len(_SHOWN), 2.6 * len(groups)), layout="constrained")
+    axes = figure.subplots(len(groups), len(_SHOWN), squeeze=False, sharey="row")
+    for line, ((data, _), rows) in zip(axes, groups.items(), strict=True):
         recipes = list(dict.fromkeys(row["recipe"] for row in rows))[::-1]
-        for axis, measure in zip(line, shown, strict=True):
+        for axis, measure in zip(line, _SHOWN, strict=True):
             for place, recipe in enumerate(recipes):
                 values = _values(rows, recipe, measure)
                 axis.plot(values, [place] * len(values), "o", ms=4, alpha=0.6, color=f"C{place}")
                 if values:
                     axis.plot([statistics.fmean(values)] * 2, [place - 0.3, place + 0.3], color=f"C{place}")
-            axis.set_title(f"{data}, {steps} steps: {measure}", fontsize=7)
+            axis.set_title(f"{data}: {measure}", fontsize=7)
             axis.set_yticks(range(len(recipes)), recipes, fontsize=7)
             axis.tick_params(axis="x", labelsize=7)
     return figure

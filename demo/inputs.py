@@ -9,30 +9,35 @@ from __future__ import annotations
 
 import colorsys
 import dataclasses
+import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
+import tyro
 from PIL import Image
 from sklearn.datasets import load_digits
 from torch import nn
 from tqdm import tqdm
 
-from demo import PATCH_SIZE
+from common.errors import run_command
+from demo import CROPS, PATCH_SIZE
 from distill.export import Card, export_model
 from distill.models import create_backbone
 from distill.optim import cosine_schedule
-from pipeline.augmentation import Augmentation
+from pipeline.augmentation import Augmentation, CropOptions
 from pipeline.batch import normalise
 from pipeline.loader import open_loader
+from shards.manifest import load_manifest
 
 # Of 1,797 scans, every fifth of a class is held out for validation.
 _HELD_OUT_EVERY = 5
 _JPEG_QUALITY = 90
 
-TEACHER_ARGS = {"embed_dim": 96, "depth": 4, "num_heads": 3, "init_values": 0.1}
 _BATCH_SIZE = 64
 _LR = 1e-3
 
@@ -89,29 +94,60 @@ def _colour(rng: np.random.Generator, *, saturation: float, value: tuple[float, 
     return np.array(colorsys.hsv_to_rgb(rng.uniform(), rng.uniform(0, saturation), rng.uniform(*value)))
 
 
-def train_teacher(shards: Path, output: Path, *, augmentation: Augmentation, steps: int, seed: int) -> None:
-    """Train a ViT on the labels of global crops and write it to `output` as a timm folder.
+@dataclass(frozen=True)
+class TeacherArgs:
+    """Options of a teacher for other shards than the demo's."""
+
+    shards: Path
+    """Folder of training shards with labels."""
+    output: Path
+    """Folder of the teacher, a timm model: `--teacher_arch local-dir:<output>`."""
+    crops: Annotated[CropOptions, tyro.conf.OmitArgPrefixes] = CROPS
+    """Crops; it sees one global crop of an image."""
+    steps: int = 2400
+    """Steps of 64 images."""
+    embed_dim: int = 128
+    """Width, 32 a head."""
+    seed: int = 0
+    """Seed of weights and crops."""
+
+
+def train_teacher(
+    shards: Path, output: Path, *, augmentation: Augmentation, steps: int, seed: int, embed_dim: int = 96
+) -> None:
+    """Train a ViT of four blocks on the labels of global crops and write it to `output` as a timm folder.
 
     Two linear classifiers, on the cls token and on the mean patch token, so that both kinds of token carry
     what the student is to learn. They are thrown away.
     """
     torch.manual_seed(seed)
-    size = augmentation.global_crops_size
-    model = create_backbone("vit_small", patch_size=PATCH_SIZE, model_args={**TEACHER_ARGS, "img_size": size})
-    heads = nn.ModuleList([nn.Linear(TEACHER_ARGS["embed_dim"], 10) for _ in range(2)])  # type: ignore[arg-type]
+    size, classes = augmentation.global_crops_size, load_manifest(shards).num_classes
+    model_args = {
+        "embed_dim": embed_dim,
+        "depth": 4,
+        "num_heads": embed_dim // 32,
+        "init_values": 0.1,
+        "img_size": size,
+    }
+    model = create_backbone("vit_small", patch_size=augmentation.patch_size, model_args=model_args | {"img_size": size})
+    heads = nn.ModuleList([nn.Linear(embed_dim, classes) for _ in range(2)])
     parameters = [*model.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=_LR, weight_decay=0.05, fused=True)
-    loader = open_loader(
-        shards, device="cpu", global_batch_size=_BATCH_SIZE, seed=seed, teacher_crops=False,
-        augmentation=dataclasses.replace(augmentation, num_local_crops=0, mask_ratio=0.0),
+    # One crop, distorted as the second global crop is: the first is always blurred.
+    blur, solarize = augmentation.blur_prob_global[-1:], augmentation.solarize_prob_global[-1:]
+    one_crop = dataclasses.replace(
+        augmentation, num_global_crops=1, num_local_crops=0, mask_ratio=0.0, blur_prob_global=blur,
+        solarize_prob_global=solarize,
     )  # fmt: skip
+    loader = open_loader(
+        shards, device="cpu", global_batch_size=_BATCH_SIZE, seed=seed, teacher_crops=False, augmentation=one_crop
+    )
     with loader, tqdm(total=steps, desc="training the teacher", unit="step") as bar:
         for step, batch in zip(range(steps), loader, strict=False):
             optimizer.param_groups[0]["lr"] = cosine_schedule(
                 step, start=_LR, end=_LR / 100, total_steps=steps, warmup_steps=steps // 20
             )
-            crops = batch.global_crops.unflatten(0, (augmentation.num_global_crops, -1))[step % 2]
-            tokens = model.forward_features(normalise(crops))  # type: ignore[operator]
+            tokens = model.forward_features(normalise(batch.global_crops))  # type: ignore[operator]
             patches = tokens[:, model.num_prefix_tokens :].mean(1)
             logits = torch.stack([heads[0](tokens[:, 0]), heads[1](patches)])
             loss = F.cross_entropy(logits.flatten(0, 1), batch.labels.repeat(2))
@@ -124,7 +160,22 @@ def train_teacher(shards: Path, output: Path, *, augmentation: Augmentation, ste
                 accuracy = (logits.argmax(-1) == batch.labels).float().mean().item()
                 bar.set_postfix_str(f"loss {loss.item():.3f}  batch accuracy {accuracy:.0%}")
     card = Card(
-        name="demo teacher", student_arch="vit_small", teacher_arch="labels of the demo's digits", licence="MIT",
+        name="small teacher", student_arch="vit_small", teacher_arch=f"labels of {shards.name}", licence="MIT",
         step=steps, ema=False, img_size=size, probe=None,
     )  # fmt: skip
     export_model(model.eval(), output, card=card)
+
+
+def main() -> int:
+    """Train a teacher on the labels of any shards; returns the exit status."""
+    args = tyro.cli(TeacherArgs, prog="python -m demo.inputs", use_underscores=True, description=main.__doc__)
+    return run_command(
+        lambda: train_teacher(
+            args.shards, args.output, augmentation=args.crops.crops(patch_size=PATCH_SIZE), steps=args.steps,
+            seed=args.seed, embed_dim=args.embed_dim,
+        )
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -336,8 +336,8 @@ _NO_LOSS = {f.name: 0.0 for f in dataclasses.fields(LossConfig) if f.name.endswi
 PRESETS: dict[str, dict[str, Any]] = {
     "five": {},
     "recommended": {
-        "mse_loss_weight": 1.0, "spd_loss_weight": 10.0, "dino_loss_weight": 0.1, "ibot_loss_weight": 0.1,
-        "cls_loss_weight": 0.1, "koleo_loss_weight": 0.01,
+        "mse_loss_weight": 1.0, "spd_loss_weight": 5.0, "dino_loss_weight": 0.03, "ibot_loss_weight": 0.03,
+        "cls_loss_weight": 0.03, "koleo_loss_weight": 0.003,
     },
     "five_plus_patch": {"patch_loss_weight": 1.0},
     "regression": _NO_LOSS | {"mse_loss_weight": 1.0},

@@ -41,12 +41,14 @@ def test_recipes_are_compared_over_seeds_and_a_second_call_makes_what_is_missing
     assert float(rows[1]["linear"]) == pytest.approx(student["best"]["top1"], rel=1e-5)
     assert float(rows[1]["patch_cosine"]) == pytest.approx(student["patch_cosine"], rel=1e-5)
     assert float(rows[1]["miou"]) == pytest.approx(student["segmentation"]["linear"], rel=1e-5)
-    assert float(rows[0]["cpu_seconds"]) > 0
-    assert f"| `regression` | 1 | {float(rows[0]['knn']):.2f} (0.00) |" in capfd.readouterr().out
+    assert float(rows[0]["cpu_seconds"]) > 0 < float(rows[0]["images_per_second"])
+    assert rows[0]["dino_kl"] == "" and float(rows[1]["dino_kl"]) > 0
+    assert f"| `regression` | 4 | 1 | {float(rows[0]['knn']):.4g} (0) |" in capfd.readouterr().out
 
     page = (tmp_path / "evidence.md").read_text()
-    assert "## digits, 4 steps" in page
-    assert f"| `regression` | 1 | {float(rows[0]['knn']):.2f} (0.00) |" in page
+    assert "## digits\n" in page
+    assert f"Teacher: knn {report['models'][1]['knn']['5']:.2f}, linear " in page
+    assert f"| `regression` | 4 | 1 | {float(rows[0]['knn']):.4g} (0) |" in page
     assert (tmp_path / "evidence.png").read_bytes().startswith(b"\x89PNG")
 
     more = gather(replace(args, recipes=("regression",), seeds=(0, 1)))

@@ -92,3 +92,15 @@ def test_the_demo_set_packs_into_shards_with_ten_classes(tmp_path: Path) -> None
     )  # fmt: skip
     assert packed.returncode == 0, packed.stderr
     assert load_manifest(tmp_path / "s").class_names == tuple(f"digit_{d}" for d in range(10))
+
+
+def test_the_notebook_runs_from_first_to_last_cell(tmp_path: Path) -> None:
+    cells = json.loads((ROOT / "docs" / "quickstart.ipynb").read_text())["cells"]
+    text = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    for written, here in (('ROOT / "quickstart_run"', f"Path({str(tmp_path)!r})"), ("STEPS = 150", "STEPS = 8")):
+        assert written in text
+        text = text.replace(written, here)
+    done = subprocess.run([sys.executable, "-c", text], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    with Image.open(tmp_path / "neighbours.png") as figure:
+        assert figure.size[0] > 300

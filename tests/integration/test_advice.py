@@ -1,7 +1,9 @@
-"""Every message of the trainer that names a flag, followed to the letter in the same folder: the run then succeeds."""
+"""What Firn advises holds: messages that name a flag, followed to the letter; commands and flags in documents."""
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import json
 import re
 import shlex
@@ -15,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+import tyro
 from safetensors.torch import load_file, save_file
 
 import train
@@ -249,3 +252,54 @@ def test_a_run_begins_from_an_export_with_the_settings_of_a_file(
         assert torch.equal(state[f"student.{key}"], value), key
     assert command(["--config", str(tmp_path / "none.json")])[0] == 2
     assert "the weights do not fit" in command([*config, "--output_dir", str(tmp_path / "deep"), "--depth", "3"])[1]
+
+
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PLACES = [f"{name}=/nowhere" for name in ("DATA", "SHARDS", "VAL", "CACHE", "RUN")]
+
+
+def documented_commands() -> Iterator[str]:
+    """Yield the commands of the documents that stand in a block or between backticks, `...` left out."""
+    for document in DOCUMENTS:
+        text = document.read_text().replace("\\\n", " ")
+        blocks = "\n".join(re.findall(r"^```\n(.*?)^```", text, re.DOTALL | re.MULTILINE))
+        spans = re.findall(r"(?<!`)`(make [^`]+=[^`]+)`(?!`)", re.sub(r"^```.*?^```", "", text, flags=re.S | re.M))
+        for line in [*blocks.splitlines(), *spans]:
+            if re.match(r"make|python |\.venv/bin/python ", line):
+                yield " ".join(line.partition("  #")[0].replace(" ...", " ").split())
+
+
+@pytest.mark.parametrize("command", sorted(set(documented_commands())))
+def test_a_command_in_a_document_is_one_that_its_program_parses(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Parsed(BaseException):
+        pass
+
+    def then_stop(parse: Callable[..., Any]) -> Callable[..., Any]:
+        def parsed(*args: Any, **kwargs: Any) -> Any:
+            parse(*args, **kwargs)
+            raise Parsed
+
+        return parsed
+
+    if command.startswith("make"):
+        words = ["make", "-n", f"PY={sys.executable}", *PLACES, *shlex.split(command)[1:]]
+        made = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert made.returncode == 0, made.stderr
+        lines = [line for line in made.stdout.replace("\\\n", " ").splitlines() if line.startswith(sys.executable)]
+        assert lines or command.split()[1:] in ([], ["setup"])
+    else:
+        lines = [command]
+    monkeypatch.setattr(tyro, "cli", then_stop(tyro.cli))
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", then_stop(argparse.ArgumentParser.parse_args))
+    for line in lines:
+        words = shlex.split(line)[1:]
+        if "distill.launch" in words:  # what follows torchrun's own flags
+            words = words[next(i for i in range(2, len(words)) if words[i] in ("train.py", "-m")) :]
+        name, flags = (words[1], words[2:]) if words[0] == "-m" else (words[0], words[1:])
+        if name in ("-c", "ruff", "mypy", "pytest"):
+            continue
+        monkeypatch.setattr(sys, "argv", [name, *flags])
+        package = (ROOT / name.replace(".", "/")).is_dir()
+        program = importlib.import_module(f"{name}.__main__" if package else name.removesuffix(".py"))
+        with pytest.raises(Parsed):
+            program.main()

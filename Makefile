@@ -98,6 +98,7 @@ bench: setup ## Measure data path, cache and kernel on this machine; rows go to 
 	$(PY) -m benchmarks.bench_data $(ARGS)
 	$(PY) -m benchmarks.bench_cache $(ARGS)
 	$(PY) -m benchmarks.bench_spd $(ARGS)
+	$(PY) -m benchmarks.bench_train
 
 bench-gpu: setup ## The same on a GPU, each figure beside its floor
 	@$(PY) -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "bench-gpu: torch sees no CUDA device")'
@@ -105,6 +106,7 @@ bench-gpu: setup ## The same on a GPU, each figure beside its floor
 	$(PY) -m benchmarks.spd_accuracy --device cuda
 	$(PY) -m benchmarks.bench_data --only gpu
 	$(PY) -m benchmarks.bench_cache
+	$(PY) -m benchmarks.bench_train
 
 test-gpu: setup ## Hardware against CPU; skipped visibly without a GPU
 	$(PY) -m pytest -q tests/gpu $(ARGS)

@@ -52,7 +52,8 @@ def test_a_file_system_without_locks_is_refused(tmp_path: Path, monkeypatch: pyt
         raise OSError(number, "not here")
 
     monkeypatch.setattr(fcntl, "flock", no_flock)
-    with pytest.raises(UserError, match=r"lock: this file system has no file locks \(not here\)"), file_lock(
-        tmp_path / "lock"
+    with (
+        pytest.raises(UserError, match=r"lock: this file system has no file locks \(not here\)"),
+        file_lock(tmp_path / "lock"),
     ):
         pass

@@ -1,4 +1,4 @@
-"""Recipes compared over seeds on one cache, and taken up again."""
+"""Measurements of training: recipes compared over seeds on one cache and taken up again, the step on noise."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.bench_train import BenchArgs, bench
 from benchmarks.evidence import EvidenceArgs, gather, read_rows
 from common.errors import UserError
 
@@ -67,3 +68,14 @@ def test_a_recipe_that_fails_says_so_and_leaves_no_row(workplace: Workplace, tmp
     with pytest.raises(UserError, match=r"train.py --preset sixth ...` ended with status 2"):
         gather(args)
     assert read_rows(tmp_path / "evidence.csv") == []
+
+
+@pytest.mark.parametrize("preset", ["recommended", "regression"])
+def test_the_step_is_measured_by_phase_with_the_work_of_its_products(preset: str, tmp_path: Path) -> None:
+    bench(BenchArgs(batch=(2,), preset=preset, only="eager", steps=2, device="cpu", results=tmp_path / "train.csv"))
+    rows = read_rows(tmp_path / "train.csv")
+    assert [row["row"].partition(", eager")[2] for row in rows] == ["", ": forward", ": backward", ": optimizer"]
+    rate, *phases = (float(row["median"]) for row in rows)
+    assert min(rate, *phases) > 0
+    assert sum(float(row["min"]) for row in rows[1:]) <= 2e3 / float(rows[0]["min"])  # phases are parts of the step
+    assert "GFLOP an image" in rows[0]["note"]

@@ -12,7 +12,7 @@ endif
 TORCHRUN ?= --standalone
 SIGNALS := --signals-to-handle SIGTERM,SIGINT,SIGUSR1 --shutdown-timeout 120
 LAUNCH = $(PY) -m distill.launch $(TORCHRUN) $(SIGNALS) --nproc-per-node $(NGPU)
-RANKS = $(if $(filter 1,$(NGPU)),$(PY),$(LAUNCH))
+RANKS = $(if $(filter 1--standalone,$(NGPU)$(TORCHRUN)),$(PY),$(LAUNCH))
 NGPU ?= 1
 PRESET ?= recommended
 # ARGS may name a preset or a whole configuration instead.

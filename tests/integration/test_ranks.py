@@ -1,8 +1,9 @@
-"""Several real processes under torchrun: the same curve as one, elastic resume, errors that end every rank."""
+"""Several real processes and nodes under torchrun: the curve of one, elastic resume, errors that end every rank."""
 
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import pytest
 
 from distill.checkpoint import list_checkpoints
 
-from .conftest import ROOT, Workplace, read_lines
+from .conftest import CROPS, ROOT, Workplace, read_lines
 
 Run = Callable[[list[str]], list[dict[str, Any]]]
 Torchrun = Callable[..., subprocess.CompletedProcess[str]]
@@ -44,6 +45,45 @@ def test_two_ranks_give_the_curve_of_one_and_resume_what_one_began(
     resumed = read_lines(tmp_path / "one")
     assert [line["step"] for line in resumed] == list(range(1, 9))
     assert [line["loss"] for line in resumed] == pytest.approx([line["loss"] for line in one], rel=FLOAT_NOISE)
+
+
+def test_two_nodes_build_a_cache_and_train_and_one_of_them_resumes(
+    workplace: Workplace, run_here: Run, tmp_path: Path
+) -> None:
+    one = run_here(workplace.flags(tmp_path / "one", "--cache_path", workplace.cache, "--max_steps", 8))
+    cache = tmp_path / "cache"
+    build = [f"CACHE={cache}", f"ARGS=--teacher_arch local-dir:{workplace.teacher} --device cpu {' '.join(CROPS)}"]
+    on_nodes(2, ["cache", f"SHARDS={workplace.shards}", *build])
+
+    def train_on(nodes: int) -> list[float]:
+        flags = workplace.flags(
+            tmp_path / "run", "--max_steps", 8, "--checkpoint_every", 4, "--batch_size_per_gpu", 16 // nodes
+        )
+        where = [f"SHARDS={workplace.shards}", f"CACHE={cache}", f"RUN={tmp_path / 'run'}"]
+        on_nodes(nodes, ["train", *where, f"ARGS=--preset five {' '.join(flags)}"])
+        return [line["loss"] for line in read_lines(tmp_path / "run")]
+
+    expected = pytest.approx([line["loss"] for line in one], rel=FLOAT_NOISE)
+    assert train_on(2) == expected
+    for record in (tmp_path / "run" / "checkpoints").glob("step_000000008.*"):
+        record.unlink()
+    assert train_on(1) == expected
+
+
+def on_nodes(nodes: int, target: list[str]) -> None:
+    """Run a target of the Makefile on so many nodes of one process each, by the README's command."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        endpoint = f"localhost:{probe.getsockname()[1]}"
+    processes = []
+    for rank in range(nodes):
+        launch = f"--nnodes {nodes} --node-rank {rank} --rdzv-backend c10d --rdzv-endpoint {endpoint}"
+        words = ["make", *target, f"PY={sys.executable}", f"TORCHRUN={launch}"]
+        processes.append(
+            subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        )
+    errors = [process.communicate()[1] for process in processes]
+    assert all(process.returncode == 0 for process in processes), errors
 
 
 def test_an_error_on_the_ranks_ends_all_of_them_with_the_message(

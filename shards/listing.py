@@ -73,6 +73,11 @@ class Listing:
         key, changed = plain_key(name)
         return key, changed or bool(row["duplicate"])
 
+    def class_counts(self, num_classes: int) -> npt.NDArray[np.int64]:
+        """Return the number of images of each class."""
+        labels = self._rows["label"]
+        return np.bincount(labels[labels >= 0], minlength=num_classes)
+
     def content_hash(self) -> str:
         """Return a sha256 over ids, labels and sizes in row order: equal for equal data, wherever it lies."""
         digest = hashlib.sha256()

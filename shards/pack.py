@@ -7,10 +7,12 @@ import os
 import shutil
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from common.errors import UserError
@@ -33,6 +35,7 @@ from shards.sanitize import policy_fields
 from shards.shard_writer import WARNED_COUNT, ShardJob, ShardSettings, finish_shard, merged_columns, read_record
 from shards.sources import SourceOptions, recognise
 from shards.sources.base import Source
+from shards.sources.folders import describe_ignored
 from shards.workers import only_packer, run_jobs
 
 ROWS_PER_SHARD = 2048
@@ -183,9 +186,10 @@ class _Run:
     def _write_listing(self) -> Listing:
         items = tqdm(self.source.items(), desc="listing", unit=" images", disable=not self.progress, mininterval=0.5)
         listing = write_listing(self.work / _NEW_LISTING_FOLDER, items, self.seed, str(self.source_path))
-        if self.progress and self.source.ignored:
-            passed_over = ", ".join(f"{reason} ({count})" for reason, count in self.source.ignored.items())
-            print(f"Passed over: {passed_over}")
+        if self.progress:
+            print("\n".join([*self.source.notes, *plan(self.source.class_names, listing)]))
+            if self.source.ignored:
+                print(describe_ignored(self.source.ignored).strip())
         return listing
 
     def _request(self) -> dict[str, Any]:
@@ -304,6 +308,24 @@ def _difference(before: dict[str, Any], now: dict[str, Any]) -> tuple[str, str, 
 def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def plan(class_names: Sequence[str], listing: Listing) -> list[str]:
+    """Return the lines that say what is about to be packed: images, classes and the size of the outermost."""
+    if not class_names:
+        return [f"Plan: {len(listing)} images without labels."]
+    counts = listing.class_counts(len(class_names))
+    of_classes = [f"{class_names[label]} ({counts[label]})" for label in sorted({0, len(counts) - 1})]
+    unknown, empty = (
+        len(listing) - int(counts.sum()),
+        [class_names[label] for label in np.flatnonzero(counts == 0).tolist()],
+    )
+    lines = [f"Plan: {len(listing)} images of {len(class_names)} classes, {' to '.join(of_classes)}."]
+    if unknown:
+        lines.append(f"Without a label: {unknown} images.")
+    if empty:
+        lines.append(f"Without an image: {len(empty)} classes, {', '.join(empty[:5])}{', ...' if empty[5:] else ''}.")
+    return lines
 
 
 def summary(manifest: Manifest, output: Path, seconds: float) -> str:

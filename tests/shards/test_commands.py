@@ -41,10 +41,10 @@ def test_the_pack_command_names_the_source_shows_a_bar_and_sums_up(packed: tuple
     )
     lines = ended.stdout.splitlines()
     assert lines[0] == f"{root / 'in'}: class folders (3 classes)"
-    assert lines[1] == "Passed over: *.txt (1)"
-    assert lines[2].startswith(f"{root / 'shards'}: 14 images of 3 classes in 4 shards, 0.00 GB, in ")
-    assert lines[2].endswith("(verbatim 14; quarantined 1)")
-    assert lines[3] == f"Left out, with reasons: {root / 'shards' / 'quarantine.jsonl'}"
+    assert lines[1:3] == ["Plan: 15 images of 3 classes, n01440764 (5) to n01440838 (5).", "Passed over: *.txt (1)."]
+    assert lines[3].startswith(f"{root / 'shards'}: 14 images of 3 classes in 4 shards, 0.00 GB, in ")
+    assert lines[3].endswith("(verbatim 14; quarantined 1)")
+    assert lines[4] == f"Left out, with reasons: {root / 'shards' / 'quarantine.jsonl'}"
     assert "packing: 100%" in ended.stderr and "quarantined=1" in ended.stderr
     assert "images/s" in ended.stderr
 

@@ -91,8 +91,94 @@ def test_a_tar_is_told_by_its_first_image_not_by_what_lies_before_it(tmp_path: P
 
 def test_a_tar_of_several_splits_is_refused(tmp_path: Path, image: bytes) -> None:
     tar = tar_of(tmp_path / "x.tar", {"train/a/1.jpg": image, "val/a/1.jpg": image})
-    with pytest.raises(UserError, match="holds images of the folders train, val, which are splits, not classes"):
+    with pytest.raises(UserError, match="holds the folders train, val, which are splits, not classes"):
         packed(tar, tmp_path / "out")
+
+
+LAYOUTS: dict[str, tuple[str, dict[str, Any], str]] = {
+    # Files, options, and the packed names: the folder before "/" is the class, and there is none without one.
+    "mac": ("cat/1.jpg dog/2.jpg __MACOSX/cat/3.jpg cat/._1.jpg", {}, "cat/1.jpg dog/2.jpg"),
+    "nas": ("cat/1.jpg cat/@eaDir/1.jpg/THUMB_M.jpg @eaDir/cat/2.jpg dog/2.jpg", {}, "cat/1.jpg dog/2.jpg"),
+    "windows": ("$RECYCLE.BIN/1.jpg a/1.jpg b/2.jpg a/Thumbs.db b/thumbs/2.jpg", {}, "a/1.jpg b/2.jpg"),
+    "trash": (".Trash-1000/files/9.jpg lost+found/8.jpg a/1.jpg b/2.jpg", {}, "a/1.jpg b/2.jpg"),
+    "wrapper": ("imagenette2-160/train/cat/1.jpg imagenette2-160/train/dog/2.jpg", {}, "cat/1.jpg dog/2.jpg"),
+    "annotations": ("train/cat/1.jpg train/dog/2.jpg annotations/1.xml README.txt", {}, "cat/1.jpg dog/2.jpg"),
+    "split chosen": ("set/train/a/1.jpg set/train/b/2.jpg set/val/a/3.jpg", {"split": "val"}, "a/3.jpg"),
+    "tiny": ("train/n1/images/1.jpg train/n1/boxes.txt train/n2/images/2.jpg", {}, "n1/images/1.jpg n2/images/2.jpg"),
+    "kaggle": (
+        "ILSVRC/Data/CLS-LOC/train/n1/1.jpg ILSVRC/Data/CLS-LOC/train/n2/2.jpg ILSVRC/Data/CLS-LOC/test/3.jpg "
+        "ILSVRC/Annotations/CLS-LOC/train/n1/1.xml ILSVRC/ImageSets/CLS-LOC/val.txt LOC_synset_mapping.txt",
+        {"split": "train"},
+        "n1/1.jpg n2/2.jpg",
+    ),
+    "class train": ("bus/1.jpg train/2.jpg car/3.jpg", {}, "bus/1.jpg train/2.jpg car/3.jpg"),
+    "told to": ("train/1.jpg test/2.jpg", {"labels": "folders"}, "train/1.jpg test/2.jpg"),
+    "flat in a folder": ("images/1.jpg images/2.jpg", {}, "1.jpg 2.jpg"),
+    "ignored": ("images/a/1.jpg images/b/2.jpg masks/a/1.png", {"ignore": ("mask*",)}, "a/1.jpg b/2.jpg"),
+    "one stray": ("a/1.jpg a/2.jpg b/3.jpg logo.png", {}, "a/1.jpg a/2.jpg b/3.jpg"),
+}
+UNCLEAR = {
+    "Train/a/1.jpg validation/a/2.jpg": "holds the folders Train, validation, which are splits",
+    "training/a/1.jpg testing/a/2.jpg annotations/1.xml": "holds the folders testing, training, which are splits",
+    "train2017/1.jpg val2017/2.jpg": "holds the folders train2017, val2017, which are splits",
+    "train/a/1.jpg train/b/2.jpg unlabeled/3.jpg": "holds the folders train, which are splits",
+    "images/1.jpg masks/1.png": "holds the folder images beside 1 others, and that is no class's name. `--split",
+    "art/cat/1.jpg art/dog/2.jpg photo/cat/3.jpg photo/dog/4.jpg": "the folders art and photo .* same names .cat, dog.",
+    "1.jpg 2.jpg 3.jpg best/1.jpg": "3 images lie beside its 1 folders, which hold 1 each",
+}
+
+
+def laid_out(root: Path, names: str, image: bytes, *, as_tar: bool) -> Path:
+    files = dict.fromkeys(names.split(), image)
+    if as_tar:
+        root.mkdir()
+        return tar_of(root / "x.tar", files)
+    for name in files:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(image)
+    return root
+
+
+@pytest.mark.parametrize("as_tar", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_classes_are_told_from_splits_wrappers_and_junk(
+    tmp_path: Path, image: bytes, layout: str, as_tar: bool
+) -> None:
+    names, options, expected = LAYOUTS[layout]
+    source = recognise(laid_out(tmp_path / "in", names, image, as_tar=as_tar), SourceOptions(**options))
+    found = {item.name: source.class_names[item.label] if item.label >= 0 else "" for item in source.items()}
+    assert found == {name: name.rpartition("/")[0].partition("/")[0] for name in expected.split()}
+
+
+@pytest.mark.parametrize("as_tar", [False, True])
+@pytest.mark.parametrize("names", UNCLEAR)
+def test_what_is_not_clear_is_refused_with_the_flag_that_decides(
+    tmp_path: Path, image: bytes, names: str, as_tar: bool
+) -> None:
+    source = laid_out(tmp_path / "in", names, image, as_tar=as_tar)
+    with pytest.raises(UserError, match=UNCLEAR[names] + ".*`--labels folders` takes each folder for a class"):
+        recognise(source, SourceOptions())
+    number = len({name for name in names.split() if not name.endswith("xml")})
+    assert len(list(recognise(source, SourceOptions(labels="none")).items())) == number
+    with pytest.raises(UserError, match=r"no split 'nowhere' among \["):
+        recognise(source, SourceOptions(split="nowhere"))
+
+
+def test_the_plan_is_printed_before_packing(tmp_path: Path, image: bytes, capsys: pytest.CaptureFixture[str]) -> None:
+    names = "x/train/cat/1.jpg x/train/dog/2.jpg x/train/dog/3.jpg x/val/cat/4.jpg x/train/dog/5.heic x/train/.a/1.jpg"
+    laid_out(tmp_path / "in", names, image, as_tar=False)
+    (tmp_path / "in/x/train/eel").mkdir()
+    command = ["pack", "--source", str(tmp_path / "in"), "--output", str(tmp_path / "out"), "--workers", "1"]
+    assert main([*command, "--split", "train"]) == 0
+    assert capsys.readouterr().out.splitlines()[:6] == [
+        f"{tmp_path / 'in'}: class folders (3 classes)",
+        f"Packed is {tmp_path / 'in/x/train'}.",
+        "Beside it, not packed: val (1).",
+        "Plan: 3 images of 3 classes, cat (1) to eel (0).",
+        "Without an image: 1 classes, eel.",
+        "Passed over: hidden folders (1), *.heic (1). HEIC is not read: convert such files first "
+        "(`mogrify -format jpg *.heic`).",
+    ]
 
 
 def test_what_is_no_source_at_all_is_named(tmp_path: Path, image: bytes) -> None:

@@ -195,6 +195,30 @@ def test_a_flat_folder_is_packed_unlabelled_and_says_so(train: tuple[Path, Files
     assert source.ignored == {"*.txt": 1}
 
 
+@pytest.mark.parametrize("kind", ["folders", "tar", "class tars", "outer tar", "parquet"])
+def test_labels_none_packs_every_source_without_labels(train: tuple[Path, Files], tmp_path: Path, kind: str) -> None:
+    root, files = train
+    source = tmp_path / "in"
+    source.mkdir()
+    if kind == "folders":
+        source = root
+    elif kind == "class tars":
+        for name, data in class_tars(files).items():
+            (source / name).write_bytes(data)
+    elif kind == "parquet":
+        pytest.importorskip("pyarrow.parquet").write_table(hf_table(files), source / "x.parquet")
+    else:
+        (source / "x.tar").write_bytes(tar_of(files if kind == "tar" else class_tars(files)))
+    manifest = packed(source, tmp_path / "out", labels="none")
+    assert manifest.class_names == () and manifest.source["kind"].endswith(", unlabelled (label -1)")
+    index = load_index(tmp_path / "out")
+    assert set(index.uid.tolist()) == {name_uid(name) for name in files}
+    assert set(index.label.tolist()) == {-1}
+    if kind in ("folders", "tar"):
+        notes = recognise(source, SourceOptions(labels="none")).notes
+        assert notes == ("24 of 24 images lie in 4 subfolders.",)
+
+
 def hf_table(files: Files, *, features: bool = True, paths: bool = True) -> Any:
     """A table as Hugging Face writes it: image struct<bytes, path>, ClassLabel as int64, names in metadata."""
     pyarrow = pytest.importorskip("pyarrow")

@@ -219,6 +219,75 @@ def test_labels_none_packs_every_source_without_labels(train: tuple[Path, Files]
         assert notes == ("24 of 24 images lie in 4 subfolders.",)
 
 
+def samples(files: Files, *, describe: Callable[[str, int], Files], suffix: str = "jpg") -> bytes:
+    """A tar of WebDataset: each image by its file's name, and what `describe` says of its name and label."""
+    classes = sorted({name.split("/")[0] for name in files})
+    members: Files = {}
+    for name, data in files.items():
+        key = name.split("/")[1].removesuffix(".JPEG")
+        told = describe(name, classes.index(name.split("/")[0]))
+        members |= {f"{key}.{suffix}": data} | {f"{key}.{what}": text for what, text in told.items()}
+    return tar_of(members)
+
+
+DESCRIPTIONS: dict[str, Callable[[str, int], Files]] = {
+    "timm": lambda name, label: {
+        "cls": b"%d" % label,
+        "json": json.dumps({"filename": name.split("/")[1], "label": label}).encode(),
+    },
+    "firn": lambda name, label: {
+        "cls": b"%d" % label,
+        "json": json.dumps({"name": name, "wnid": name.split("/")[0], "width": 9, "height": 9}).encode(),
+    },
+    "json alone": lambda name, label: {"json": json.dumps({"label": label, "file_name": name}).encode()},
+    "names": lambda name, label: {
+        "cls": name.split("/")[0].encode() + b"\n",
+        "json": json.dumps({"name": name}).encode(),
+    },
+}
+
+
+@pytest.mark.parametrize("form", DESCRIPTIONS)
+def test_webdataset_tars_give_the_shards_of_the_class_folders(
+    train: tuple[Path, Files], tmp_path: Path, form: str
+) -> None:
+    root, files = train
+    expected = packed(root, tmp_path / "folders")
+    (tmp_path / "in").mkdir()
+    for number in range(3):
+        part = {name: files[name] for name in list(files)[number::3]}
+        data = samples(part, describe=DESCRIPTIONS[form])
+        (tmp_path / "in" / f"imagenet1k-train-{number:04d}.tar").write_bytes(data)
+    manifest = packed(tmp_path / "in", tmp_path / "out")
+    assert manifest.class_names == expected.class_names
+    assert tars(tmp_path / "out") == tars(tmp_path / "folders")
+    (tmp_path / "in/imagenet1k-validation-00.tar").write_bytes(data)
+    with pytest.raises(UserError, match=r"holds the splits \['train', 'validation'\]. Choose one by --split"):
+        packed(tmp_path / "in", tmp_path / "none")
+    assert packed(tmp_path / "in", tmp_path / "val", split="validation").num_rows == 8
+    (tmp_path / "one.tar").write_bytes(samples(files, describe=DESCRIPTIONS[form], suffix="jpeg"))
+    single = recognise(tmp_path / "one.tar", SourceOptions())
+    assert sorted(item.label for item in single.items()) == sorted([0, 1, 2, 3] * 6)
+
+
+def test_samples_without_labels_and_numbered_tars_are_never_a_class_a_tar(
+    train: tuple[Path, Files], tmp_path: Path
+) -> None:
+    captioned = samples(train[1], describe=lambda name, _: {"txt": b"a photo", "json": b'{"caption": "a photo"}'})
+    plain = tar_of({name.split("/")[1]: data for name, data in train[1].items()})
+    for folder, data in (("captions", captioned), ("plain", plain)):
+        (tmp_path / folder).mkdir()
+        for number in range(2):
+            (tmp_path / folder / f"{number:05d}.tar").write_bytes(data)
+    manifest = packed(tmp_path / "captions", tmp_path / "out")
+    assert (manifest.class_names, manifest.num_rows) == ((), 48)
+    assert manifest.source["kind"] == "2 tars of samples, unlabelled (label -1)"
+    with pytest.raises(UserError, match=r"a folder of 2 class tars called 00000, 00001 and so on, which may be parts"):
+        recognise(tmp_path / "plain", SourceOptions())
+    assert recognise(tmp_path / "plain", SourceOptions(labels="folders")).class_names == ("00000", "00001")
+    assert recognise(tmp_path / "plain", SourceOptions(labels="none")).class_names == ()
+
+
 def hf_table(files: Files, *, features: bool = True, paths: bool = True) -> Any:
     """A table as Hugging Face writes it: image struct<bytes, path>, ClassLabel as int64, names in metadata."""
     pyarrow = pytest.importorskip("pyarrow")

@@ -37,7 +37,9 @@ def parquet_source(files: Sequence[Path], options: SourceOptions, where: Path) -
     if options.labels == "folders":
         raise UserError(f"{where}: parquet files, whose labels are in a column. Leave out --labels folders.")
     about = {file: _about(file) for file in files}
-    chosen = of_split([file for file in files if images in about[file].columns], options.split, where)
+    of_bytes = [file for file in files if "binary" in about[file].columns.get(images, "")]
+    with_images = of_bytes or [file for file in files if images in about[file].columns]
+    chosen = of_split(with_images, options.split, where)
     first = about[(chosen or files)[0]]
     has_labels = options.labels is None and (label_column in first.columns or options.label_column is not None)
     if not chosen:
@@ -81,8 +83,9 @@ def _not_staged(_: Counter[str]) -> Iterator[SourceItem]:
 def _staged(
     kind: str, folder: Path, containers: Sequence[Container], named: dict[int, str], options: SourceOptions
 ) -> Source:
-    labels = [label for number in range(len(containers)) for label in _read_table(folder, number)[1]]
-    names, final = final_classes(named, (min(labels), max(labels)), options.classes, containers[0].path)
+    of_files = [_read_table(folder, number)[1] for number in range(len(containers))]
+    extremes = min(map(min, of_files)), max(map(max, of_files))
+    names, final = final_classes(named, extremes, options.classes, containers[0].path)
 
     def files(_: Counter[str]) -> Iterator[SourceItem]:
         for number, container in enumerate(containers):
@@ -228,7 +231,8 @@ def _batches(parquet: Any, columns: list[str], path: str) -> Iterator[Any]:
         try:
             batch = next(batches, None)
         except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"{path}: damaged after row {rows} ({error}). Get the file again.") from error
+            reason = " ".join(str(error).split())
+            raise UserError(f"{path}: damaged after row {rows} ({reason}). Get the file again.") from error
         if batch is None:
             return
         yield batch

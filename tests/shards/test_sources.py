@@ -328,6 +328,104 @@ def test_hugging_face_parquet_gives_the_shards_of_the_class_folders(train: tuple
         packed(tmp_path / "imagenet-1k", tmp_path / "none", split="test")
 
 
+def hf_files(folder: Path, files: Files, names: str) -> Any:
+    """Parquet files of these relative names, each with all images; returns the parquet module."""
+    parquet = pytest.importorskip("pyarrow.parquet")
+    for name in names.split():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        parquet.write_table(hf_table(files), folder / name)
+    return parquet
+
+
+@pytest.mark.parametrize(
+    ("names", "splits"),
+    [
+        ("train.parquet test.parquet", "train test"),
+        ("plain_text/train-00000-of-00001.parquet plain_text/test-00000-of-00001.parquet", "train test"),
+        ("default/train/0000.parquet default/train/0001.parquet default/validation/0000.parquet", "train validation"),
+        ("cifar_train.parquet cifar_test.parquet README.md", "train test"),
+        ("data/train-00000-of-00002.parquet data/train-00001-of-00002.parquet metadata.parquet", ""),
+    ],
+)
+def test_parquet_files_of_several_splits_are_never_one_set(
+    train: tuple[Path, Files], tmp_path: Path, names: str, splits: str
+) -> None:
+    root = tmp_path / "in"
+    parquet = hf_files(root, train[1], names.replace("README.md", ""))
+    if "metadata" in names:
+        import pyarrow
+
+        parquet.write_table(pyarrow.table({"file": ["x"], "label": [7]}), root / "metadata.parquet")
+    if splits:
+        with pytest.raises(UserError, match=f"holds the splits {str(sorted(splits.split()))[:-1]}".replace("[", r"\[")):
+            recognise(root, SourceOptions())
+    found = recognise(root, SourceOptions(split=splits.partition(" ")[0] or None))
+    taken = [name for name in names.split() if "train" in name]
+    assert [Path(container.path) for container in found.containers] == [root / name for name in taken]
+
+
+def test_parquet_files_that_do_not_belong_together_are_refused_by_name(
+    train: tuple[Path, Files], tmp_path: Path
+) -> None:
+    import pyarrow
+
+    parquet = hf_files(tmp_path / "in", train[1], "a.parquet b.parquet")
+    second, table = tmp_path / "in/b.parquet", hf_table(train[1])
+
+    def refused(message: str, **options: Any) -> None:
+        with pytest.raises(UserError, match=message):
+            packed(tmp_path / "in", tmp_path / "out", **options)
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+
+    refused(r"a.parquet: no column 'lable', but \['image', 'label'\]", label_column="lable")
+    parquet.write_table(table.rename_columns(["img", "label"]), second)
+    refused(r"b.parquet: no column 'image', but \['img', 'label'\]")
+    parquet.write_table(table.drop_columns("label"), second)
+    refused(r"b.parquet: no column 'label', but \['image'\]")
+    parquet.write_table(table.set_column(1, "label", pyarrow.array(["x"] * 24)), second)
+    refused(r"b.parquet: the labels in column 'label' are of type string")
+    parquet.write_table(hf_table(train[1], features=False), second)
+    refused(r"b.parquet: its classes are None, those of a.parquet \['n01440764")
+    parquet.write_table(table.set_column(1, "label", pyarrow.array([2_000_000_000] * 24)), second)
+    refused(r"b.parquet: row 0 has the label 2000000000. Labels are 0 to 1048575, -1 where unknown")
+    parquet.write_table(table, second, compression="none", use_dictionary=False, row_group_size=6)
+    content = bytearray(second.read_bytes())
+    content[4:40] = b"\xff" * 36  # the header of the first page
+    second.write_bytes(content)
+    refused(r"b.parquet: damaged after row 0 \(.*Get the file again")
+    parquet.write_table(table.slice(0, 0), second)
+    assert packed(tmp_path / "in", tmp_path / "out").num_rows == 24
+    parquet.write_table(table.slice(0, 0), tmp_path / "in/a.parquet")
+    with pytest.raises(UserError, match=r"in: 2 parquet files without a row"):
+        packed(tmp_path / "in", tmp_path / "none")
+
+
+def test_two_classes_of_one_name_stay_two(train: tuple[Path, Files], tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = hf_table(train[1])
+    info = {"info": {"features": {"label": {"names": ["crane", "dog", "crane", "ant"]}}}}
+    parquet.write_table(table.replace_schema_metadata({"huggingface": json.dumps(info)}), tmp_path / "x.parquet")
+    manifest = packed(tmp_path / "x.parquet", tmp_path / "out")
+    assert manifest.class_names == ("crane#0", "dog", "crane#2", "ant")
+    assert np.bincount(load_index(tmp_path / "out").label).tolist() == [6, 6, 6, 6]
+
+
+def test_parquet_beside_images_wins_only_where_it_holds_the_images(train: tuple[Path, Files], tmp_path: Path) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    shutil.copytree(train[0], tmp_path / "in")
+    parquet.write_table(pyarrow.table({"image": ["a/1.jpg"] * 99, "label": [0] * 99}), tmp_path / "in/metadata.parquet")
+    assert recognise(tmp_path / "in", SourceOptions()).kind == "class folders (4 classes)"
+    hf_files(tmp_path / "in", train[1], "data/train-00000-of-00001.parquet")
+    with pytest.raises(UserError, match=r"24 images, and parquet files of 24 rows with images.*--ignore '\*.parquet'"):
+        recognise(tmp_path / "in", SourceOptions())
+    assert recognise(tmp_path / "in", SourceOptions(ignore=("*.parquet",))).kind == "class folders (4 classes)"
+    assert recognise(tmp_path / "in/data", SourceOptions()).kind == "1 parquet files"
+    for folder in train[0].iterdir():
+        shutil.rmtree(tmp_path / "in" / folder.name)
+    (tmp_path / "in/logo.png").write_bytes(b"x")
+    assert recognise(tmp_path / "in", SourceOptions()).kind == "1 parquet files"
+
+
 def test_parquet_without_names_paths_or_labels_is_packed_by_row(train: tuple[Path, Files], tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
     files = train[1]

@@ -157,7 +157,9 @@ def _below_wrappers(tree: Tree, prefix: str) -> str:
         if tree.images[prefix] or len(below) != 1:
             return prefix
         ((child, inside),) = below.items()
-        is_class = tree.images[f"{prefix}{child}/"] or {name.lower() for name in inside} <= _HOLDERS
+        # A class, and not a wrapper, holds images, in a folder `images` at most.
+        holders = all(name.lower() in _HOLDERS and tree.images[f"{prefix}{child}/{name}/"] for name in inside)
+        is_class = tree.images[f"{prefix}{child}/"] or holders
         if is_class and not is_split_name(child) and child.lower() not in _HOLDERS:
             return prefix
         prefix += f"{child}/"

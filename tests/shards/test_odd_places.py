@@ -78,6 +78,26 @@ def test_links_to_classes_nested_folders_and_any_case_are_images_and_hidden_file
     assert found.ignored == {"hidden files": 3}
 
 
+def test_links_to_folders_are_followed_and_no_folder_is_counted_twice(tmp_path: Path, image: bytes) -> None:
+    root = laid_out(tmp_path / "in", "cat/1.jpg zoo/ant/2.jpg", image, as_tar=False)
+    elsewhere = laid_out(tmp_path / "elsewhere", "3.jpg in/4.jpg", image, as_tar=False)
+    (root / "dog").mkdir()
+    (root / "dog/images").symlink_to(elsewhere)  # a class that holds a link alone
+    (root / "eel").symlink_to(elsewhere / "in")  # lies in what the link before leads to
+    (root / "a_kitten").symlink_to("cat")  # sorts before the folder that it leads to
+    (root / "cat/back").symlink_to(root)
+    source = recognise(root, SourceOptions())
+    assert source.class_names == ("cat", "dog", "eel", "zoo")
+    assert {item.name for item in source.items()} == {"cat/1.jpg", "dog/images/3.jpg", "eel/4.jpg", "zoo/ant/2.jpg"}
+    assert source.ignored == {"links to folders that are packed already": 3}
+    (tmp_path / "links").mkdir()
+    for name in ("cat", "zoo"):  # nothing but links, to a set that lies elsewhere
+        (tmp_path / "links" / name).symlink_to(root / name)
+    (root / "cat/back").unlink()
+    manifest = packed(tmp_path / "links", tmp_path / "out")
+    assert (manifest.class_names, manifest.num_rows) == (("cat", "zoo"), 2)
+
+
 def test_a_tar_is_told_by_its_first_image_not_by_what_lies_before_it(tmp_path: Path, image: bytes) -> None:
     members = {"./._train": b"x", "README.txt": b"hello", "./train/a/1.jpg": image, "./train/b/2.jpg": image}
     manifest = packed(tar_of(tmp_path / "x.tar", members), tmp_path / "out")

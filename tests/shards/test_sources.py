@@ -129,17 +129,21 @@ def label_lists(folder: Path, files: Files) -> Iterator[tuple[str, Path]]:
         tar.extractall(unpacked, filter="data")
     yield "devkit folder", unpacked / "ILSVRC2012_devkit_t12"
     yield "ground truth", unpacked / "ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt"
+    for name, text in label_texts(files):
+        (folder / "lists").mkdir(exist_ok=True)
+        (folder / "lists" / name).write_text(text)
+        yield name, folder / "lists" / name
+
+
+def label_texts(files: Files) -> Iterator[tuple[str, str]]:
+    """Those forms that are texts, by the names that they have."""
     pairs = [name.split("/") for name in files]
-    forms = {
+    yield from {
         "synset_labels.txt": "".join(f"{wnid}\n" for wnid, _ in pairs),
         "val.txt": "".join(f"val/{image} {wnid}\n" for wnid, image in reversed(pairs)),
         "LOC_val_solution.csv": "ImageId,PredictionString\n"
         + "".join(f"{image[:-5]},{wnid} 1 2 3 4 {wnid} 5 6 7 8 \n" for wnid, image in pairs),
-    }
-    for name, text in forms.items():
-        (folder / "lists").mkdir(exist_ok=True)
-        (folder / "lists" / name).write_text(text)
-        yield name, folder / "lists" / name
+    }.items()
 
 
 def test_imagenets_val_tar_gives_the_shards_of_val_class_folders_by_every_form_of_label_list(
@@ -164,6 +168,32 @@ def test_imagenets_val_tar_gives_the_shards_of_val_class_folders_by_every_form_o
         (flat / name.split("/")[1]).write_bytes(data)
     packed(flat, tmp_path / "from_flat", labels=str(folder / "ILSVRC2012_devkit_t12.tar.gz"))
     assert tars(tmp_path / "from_flat") == expected
+
+
+def test_kaggles_layout_gives_the_shards_of_train_and_val_class_folders(
+    train: tuple[Path, Files], val: tuple[Path, Files], tmp_path: Path
+) -> None:
+    root = tmp_path / "imagenet-object-localization-challenge"
+    images = root / "ILSVRC/Data/CLS-LOC"
+    shutil.copytree(train[0], images / "train")
+    (root / "ILSVRC/Annotations/CLS-LOC/val").mkdir(parents=True)
+    (root / "ILSVRC/Annotations/CLS-LOC/val/x.xml").write_text("<annotation/>")
+    for folder in ("val", "test"):
+        (images / folder).mkdir()
+        for name, data in val[1].items():
+            (images / folder / name.split("/")[1].replace("_val_", f"_{folder}_")).write_bytes(data)
+    for name, data in val[1].items():
+        (tmp_path / "val" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "val" / name).write_bytes(data)
+    (root / "LOC_val_solution.csv").write_text(dict(label_texts(val[1]))["LOC_val_solution.csv"])
+    with pytest.raises(UserError, match=r"CLS-LOC: holds the folders test, train, val, which are splits"):
+        recognise(root, SourceOptions())
+    for split, folders in (("train", train[0]), ("val", tmp_path / "val")):
+        packed(folders, tmp_path / f"{split}_folders")
+        manifest = packed(root, tmp_path / f"{split}_kaggle", split=split)
+        assert tars(tmp_path / f"{split}_kaggle") == tars(tmp_path / f"{split}_folders")
+        assert manifest.num_classes == 4
+    assert packed(root, tmp_path / "test", split="test").class_names == ()
 
 
 def test_val_images_without_a_label_list_are_an_error_unless_labels_are_waived(

@@ -23,6 +23,7 @@ from common.files import canonical_json, file_sha256, json_sha256
 FORMAT_VERSION = 1
 MANIFEST_NAME, INDEX_NAME = "manifest.json", "index.npz"
 CLASSES_NAME, QUARANTINE_NAME = "classes.json", "quarantine.jsonl"
+SOURCE_NAME = "source.json"  # what the folder was packed from, with times: not in the manifest, nor the fingerprint
 WORK_FOLDER = ".packing"
 
 UNKNOWN_LABEL = -1

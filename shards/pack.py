@@ -16,7 +16,15 @@ import numpy as np
 from tqdm import tqdm
 
 from common.errors import UserError
-from common.files import canonical_json, explain_disk_errors, file_sha256, remove_temporaries, sync_folder, write_atomic
+from common.files import (
+    canonical_json,
+    explain_disk_errors,
+    file_sha256,
+    json_sha256,
+    remove_temporaries,
+    sync_folder,
+    write_atomic,
+)
 from shards.listing import Listing, write_listing
 from shards.manifest import (
     CLASSES_NAME,
@@ -24,6 +32,7 @@ from shards.manifest import (
     INDEX_NAME,
     MANIFEST_NAME,
     QUARANTINE_NAME,
+    SOURCE_NAME,
     WORK_FOLDER,
     FileEntry,
     Manifest,
@@ -34,7 +43,7 @@ from shards.manifest import (
 from shards.sanitize import policy_fields
 from shards.shard_writer import WARNED_COUNT, ShardJob, ShardSettings, finish_shard, merged_columns, read_record
 from shards.sources import SourceOptions, recognise
-from shards.sources.base import Source
+from shards.sources.base import Container, Source
 from shards.sources.folders import describe_ignored
 from shards.workers import only_packer, run_jobs
 
@@ -97,8 +106,14 @@ def pack(
         with only_packer(output / WORK_FOLDER):
             began = time.monotonic()
             settings = ShardSettings(found.class_names, rows_per_shard, keep_warned, skip_unreadable)
-            manifest = _Run(source, output, found, settings, seed, progress).continue_to_end(workers)
-    if progress:
+            run = _Run(source, output, found, options, settings, seed, progress)
+            finished = (output / MANIFEST_NAME).exists()
+            manifest = run.continue_to_end(workers)
+    if progress and finished:
+        print(
+            f"{output}: already finished, nothing to do ({manifest.num_rows} images in {len(manifest.shards)} shards)."
+        )
+    elif progress:
         print(summary(manifest, output, time.monotonic() - began))
     return manifest
 
@@ -127,6 +142,7 @@ class _Run:
     source_path: Path
     output: Path
     source: Source
+    options: SourceOptions
     settings: ShardSettings
     seed: int
     progress: bool
@@ -165,7 +181,8 @@ class _Run:
         folder, request_path = self.work / _LISTING_FOLDER, self.work / _REQUEST_FILE
         listing, request = self._write_listing(), self._request()
         if request_path.exists():
-            if other := _difference(json.loads(request_path.read_bytes()), request):
+            before = json.loads(request_path.read_bytes())
+            if other := _difference(before, {name: value for name, value in request.items() if name in before}):
                 raise UserError(
                     f"{self.output}: packing was begun with {other[0]} = {other[1]}, now it is {other[2]}. "
                     "Give the same arguments, or delete the folder to begin anew."
@@ -198,7 +215,19 @@ class _Run:
             "rows_per_shard": self.settings.rows_per_shard,
             "class_names": list(self.settings.class_names),
             **policy_fields(keep_warned=self.settings.keep_warned),
+            "kind of source": self.source.kind,
+            **self._asked(),
         }
+
+    def _asked(self) -> dict[str, Any]:
+        """Return the options of the source; a list of labels by its content, since its path says little."""
+        labels = self.options.labels
+        if labels is not None and Path(labels).is_file():
+            labels = f"sha256 {file_sha256(Path(labels))}"
+        names = ("split", "image_column", "label_column")
+        options = {name: getattr(self.options, name) for name in names}
+        classes = json_sha256(list(self.options.classes)) if self.options.classes else None
+        return {"labels": labels, "ignore": list(self.options.ignore), "classes": classes, **options}
 
     def _check_published(self) -> Manifest:
         """Check that the finished folder is what this call would make, as far as its manifest tells."""
@@ -208,13 +237,22 @@ class _Run:
             "rows_per_shard": manifest.rows_per_shard,
             "class_names": list(manifest.class_names),
             "content": manifest.source["content_sha256"],
+            "kind of source": manifest.source["kind"],
             **manifest.policy,
         }
         wanted = self._request()
         if self.source.stage is None:
-            wanted["content"] = self._write_listing().content_hash()
-        else:  # staging again would cost as much as packing: the settings must do
+            listing = self._write_listing()
+            wanted |= {"content": listing.content_hash(), "times of files": listing.content_hash("mtime_ns")}
+        else:  # staging again would cost as much as packing
             del wanted["class_names"]
+        recorded = _recorded(self.output)
+        if recorded is not None:
+            held |= recorded["asked"] | {"times of files": recorded["times_sha256"]}
+            wanted["files"] = _described(self.source.containers)
+            held["files"] = _confirmed(recorded["files"], wanted["files"], self.source.containers)
+        else:  # packed by an earlier version, or copied without it
+            wanted = {name: value for name, value in wanted.items() if name in held}
         if other := _difference(held, wanted):
             shutil.rmtree(self.work)
             raise UserError(
@@ -275,6 +313,12 @@ class _Run:
         counts: Counter[str] = Counter(quarantined=len(quarantined))
         for record in records:
             counts.update(record.counts)
+        described = {
+            "asked": self._asked(),
+            "files": _described(self.source.origins or self.source.containers),
+            "times_sha256": listing.content_hash("mtime_ns"),
+        }
+        write_atomic(self.output / SOURCE_NAME, canonical_json(described))
         manifest = Manifest(
             format_version=FORMAT_VERSION,
             rows_per_shard=self.settings.rows_per_shard,
@@ -295,6 +339,38 @@ class _Run:
         )
         write_atomic(self.output / MANIFEST_NAME, manifest.to_json())
         return manifest
+
+
+def _recorded(output: Path) -> dict[str, Any] | None:
+    """Return what is recorded of the source of a finished folder; None where nothing is."""
+    try:
+        record: dict[str, Any] = json.loads((output / SOURCE_NAME).read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+    return record
+
+
+def _described(containers: Sequence[Container]) -> list[dict[str, Any]]:
+    """Return name, size, time and hash of the files that hold images; no path, which another machine lacks."""
+    return [
+        {"name": Path(file.path).name, "bytes": file.size, "mtime_ns": file.mtime_ns, "sha256": file.sha256}
+        for file in containers
+        if not file.is_folder
+    ]
+
+
+def _confirmed(
+    before: list[dict[str, Any]], now: list[dict[str, Any]], containers: Sequence[Container]
+) -> list[dict[str, Any]]:
+    """Return `now` where it stands for the same files as `before`, by time or else by hash; else `before`."""
+    if len(before) != len(now):
+        return before
+    files = (file for file in containers if not file.is_folder)
+    for old, new, file in zip(before, now, files, strict=True):
+        same = all(old[field] == new[field] for field in ("name", "bytes", "mtime_ns"))
+        if not same and not (old["sha256"] and old["sha256"] == file_sha256(Path(file.path))):
+            return before
+    return now
 
 
 def _difference(before: dict[str, Any], now: dict[str, Any]) -> tuple[str, str, str] | None:

@@ -21,6 +21,7 @@ from shards.manifest import (
     BLOCK,
     INDEX_NAME,
     MANIFEST_NAME,
+    SOURCE_NAME,
     WORK_FOLDER,
     Manifest,
     ShardEntry,
@@ -129,7 +130,7 @@ def _listed_files(folder: Path, manifest: Manifest) -> Iterator[Fault]:
     present = {path.name for path in folder.iterdir()}
     for name in sorted(listed - present):
         yield Fault(name, None, "missing, though the manifest lists it")
-    for name in sorted(present - listed - {MANIFEST_NAME}):
+    for name in sorted(present - listed - {MANIFEST_NAME, SOURCE_NAME}):
         left_over = "left over from packing; run the pack command again to remove it"
         yield Fault(name, None, left_over if name == WORK_FOLDER else "extra: not in the manifest")
     for entry in manifest.files:

@@ -37,6 +37,7 @@ class Container:
     path: str
     size: int = 0
     mtime_ns: int = 0
+    sha256: str = ""  # where it is known
 
     @property
     def is_folder(self) -> bool:
@@ -56,6 +57,7 @@ class Source:
     # For a source whose images cannot be read one by one: writes them into a folder, with a bar if asked, and returns
     # the source that can.
     stage: Callable[[Path, bool], Source] | None = None
+    origins: tuple[Container, ...] = ()  # of a source that was staged: the files that it was staged from
     notes: tuple[str, ...] = ()  # what else was seen that the user should know before packing
     ignored: Counter[str] = field(default_factory=Counter)  # what was passed over, by reason; filled by `items()`
 

@@ -171,7 +171,11 @@ def _refuse_what_is_unclear(tree: Tree, prefix: str, below: dict[str, set[str]],
     holders = sorted(name for name in below if name.lower() in _HOLDERS)
     inside = Counter(name for names in below.values() for name in names)
     repeated = sorted(name for name, count in inside.items() if count > 1 and name.lower() not in _HOLDERS)
-    beside, usual = tree.images[prefix], median(tree.count(f"{prefix}{name}/") for name in below)
+    sizes: Counter[str] = Counter()
+    for folder, count in tree.images.items():
+        if folder.startswith(prefix) and folder != prefix:
+            sizes[folder.removeprefix(prefix).partition("/")[0]] += count
+    beside, usual = tree.images[prefix], median(sizes.values())
     whole = "`--labels folders` takes each folder for a class, `--labels none` packs all without labels"
     if len(splits) > 1 or (splits and below[splits[0]]):
         raise UserError(

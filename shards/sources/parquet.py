@@ -6,7 +6,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from common.errors import UserError
-from common.files import canonical_json, open_atomic, remove_temporaries, write_atomic
+from common.files import canonical_json, file_sha256, open_atomic, remove_temporaries, write_atomic
 from shards.manifest import UNKNOWN_LABEL
 from shards.sources.base import Container, Source, SourceItem, SourceOptions, file_container
 from shards.sources.labels import MAX_CLASSES, final_classes
@@ -95,8 +95,12 @@ def _staged(
                 yield SourceItem(name, "", number, offset, size, 0, final(label))
                 offset += size
 
+    origins = tuple(
+        replace(container, sha256=_staged_about(folder, number).get("sha256", ""))
+        for number, container in enumerate(containers)
+    )
     blobs = tuple(file_container(folder / f"{number:05d}.bin") for number in range(len(containers)))
-    return Source(kind, names, blobs, files)
+    return Source(kind, names, blobs, files, origins=origins)
 
 
 def _stage_file(folder: Path, number: int, container: Container, columns: list[str]) -> None:
@@ -122,6 +126,7 @@ def _stage_file(folder: Path, number: int, container: Container, columns: list[s
         if sum(sizes) == 0:
             raise UserError(f"{container.path}: holds no image bytes. Check the file and --image-column.")
     about = {"size": container.size, "mtime_ns": container.mtime_ns, "columns": columns, "paths": paths}
+    about["sha256"] = file_sha256(Path(container.path))  # now that it lies in memory
     arrays: dict[str, Any] = {
         "sizes": np.array(sizes, np.int64),
         "labels": np.array(labels, np.int32),
@@ -143,11 +148,9 @@ def _image_bytes(image: Any, where: str) -> tuple[bytes, str]:
 
 
 def _is_staged(folder: Path, number: int, container: Container, columns: list[str]) -> bool:
-    table = folder / f"{number:05d}.npz"
-    if not table.exists():
+    if not (folder / f"{number:05d}.npz").exists():
         return False
-    with np.load(table) as archive:
-        about = json.loads(archive["about"].tobytes())
+    about = _staged_about(folder, number)
     if about.get("columns", columns) != columns:
         raise UserError(
             f"{container.path}: this packing began with the columns {about['columns']}, now they are {columns}. "
@@ -159,6 +162,12 @@ def _is_staged(folder: Path, number: int, container: Container, columns: list[st
             f"{container.size} now, or another mtime). Restore it, or delete the output folder to begin anew."
         )
     return True
+
+
+def _staged_about(folder: Path, number: int) -> dict[str, Any]:
+    with np.load(folder / f"{number:05d}.npz") as archive:
+        about: dict[str, Any] = json.loads(archive["about"].tobytes())
+    return about
 
 
 def _read_table(folder: Path, number: int) -> tuple[list[int], list[int], list[str]]:

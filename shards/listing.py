@@ -5,13 +5,14 @@ It lies in files that are mapped, not in memory, so that a packer's memory does 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
 import struct
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -46,9 +47,9 @@ class Listing:
 
     def __init__(self, folder: Path) -> None:
         """Open the listing in `folder`."""
-        self._rows = np.memmap(folder / _ROWS_FILE, _ROW, "r")
-        self._names = np.memmap(folder / _NAMES_FILE, np.uint8, "r")
-        self.order: npt.NDArray[np.int64] = np.load(folder / _ORDER_FILE, mmap_mode="r")
+        self._rows = _mapped(folder / _ROWS_FILE, _ROW)
+        self._names = _mapped(folder / _NAMES_FILE, np.uint8)
+        self.order: npt.NDArray[np.int64] = _mapped(folder / _ORDER_FILE)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -124,13 +125,27 @@ def write_listing(folder: Path, items: Iterable[SourceItem], seed: int, where: s
             rows_file.write(_PACKED_ROW.pack(*place, *hashes, 0, 0))
     if name_end == 0:
         raise UserError(f"{where}: 0 images found. Check the path and what lies there.")
-    rows = np.memmap(folder / _ROWS_FILE, _ROW, "r+")
-    _number_duplicates(rows, np.memmap(folder / _NAMES_FILE, np.uint8, "r"))
+    rows = _mapped(folder / _ROWS_FILE, _ROW, "r+")
+    _number_duplicates(rows, _mapped(folder / _NAMES_FILE, np.uint8))
+    if isinstance(rows, np.memmap):
+        rows.flush()
+    else:
+        rows.tofile(folder / _ROWS_FILE)
     np.save(folder / _ORDER_FILE, np.lexsort((rows["uid"], rows["order_key"])).astype(np.int64))
     return Listing(folder)
 
 
-def _number_duplicates(rows: np.memmap[Any, Any], names: npt.NDArray[np.uint8]) -> None:
+def _mapped(path: Path, dtype: npt.DTypeLike | None = None, mode: Literal["r", "r+"] = "r") -> npt.NDArray[Any]:
+    """Map a file of numbers, or read it where its file system maps none; an .npy without a dtype."""
+    try:
+        return np.load(path, mmap_mode=mode) if dtype is None else np.memmap(path, dtype, mode)
+    except OSError as error:
+        if error.errno not in (errno.ENODEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
+            raise
+        return np.load(path) if dtype is None else np.fromfile(path, dtype)
+
+
+def _number_duplicates(rows: npt.NDArray[Any], names: npt.NDArray[np.uint8]) -> None:
     """Give each repeated name a number and a new id, and mark the plain keys that several names share."""
     seen: dict[int, int] = {}
     for position in _repeated(rows["uid"]).tolist():
@@ -141,7 +156,6 @@ def _number_duplicates(rows: np.memmap[Any, Any], names: npt.NDArray[np.uint8]) 
             rows["duplicate"][position] = seen[uid]
             rows["uid"][position] = name_uid(_distinct_name(name, seen[uid]))
     rows["suffix"][_repeated(rows["key_hash"])] = 1
-    rows.flush()
 
 
 def _repeated(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:

@@ -43,7 +43,7 @@ from shards.manifest import (
 from shards.sanitize import policy_fields
 from shards.shard_writer import WARNED_COUNT, ShardJob, ShardSettings, finish_shard, merged_columns, read_record
 from shards.sources import SourceOptions, recognise
-from shards.sources.base import Container, Source
+from shards.sources.base import Container, Source, is_system_folder
 from shards.sources.folders import describe_ignored
 from shards.workers import only_packer, run_jobs
 
@@ -127,8 +127,8 @@ def _check_places(source: Path, output: Path) -> None:
     if inside.is_dir() and inside in (output.resolve(), *output.resolve().parents):
         raise UserError(f"{output}: lies inside the source {source}. Choose a folder outside it.")
     ours = (output / MANIFEST_NAME).exists() or (output / WORK_FOLDER).is_dir()
-    if output.is_dir() and not ours and any(output.iterdir()):
-        strange = sorted(path.name for path in output.iterdir())
+    strange = sorted(path.name for path in output.iterdir()) if output.is_dir() and not ours else []
+    if strange := [name for name in strange if not is_system_folder(name)]:
         raise UserError(
             f"{output}: holds other files ({', '.join(strange[:3])}, {len(strange)} in all) and no shards. "
             "Choose an empty or a new folder."

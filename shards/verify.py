@@ -35,6 +35,7 @@ from shards.manifest import (
     sample_json,
     unique_key,
 )
+from shards.sources.base import is_system_folder
 from shards.workers import check_stop, run_jobs
 
 _LAST_DESCRIPTION = 1 << 16  # bytes that hold any description, where no next sample tells its end
@@ -127,7 +128,7 @@ def _shards(
 def _listed_files(folder: Path, manifest: Manifest) -> Iterator[Fault]:
     """Compare the folder's listing with the manifest, and hash the small files."""
     listed = {entry.name for entry in (*manifest.files, *manifest.shards)}
-    present = {path.name for path in folder.iterdir()}
+    present = {path.name for path in folder.iterdir() if not is_system_folder(path.name)}
     for name in sorted(listed - present):
         yield Fault(name, None, "missing, though the manifest lists it")
     for name in sorted(present - listed - {MANIFEST_NAME, SOURCE_NAME}):

@@ -18,6 +18,11 @@ _SYSTEM_MARKS = ("@", "#", "$", "~", "__")
 _SYSTEM_FOLDERS = {"lost+found", "system volume information", "thumbnails", "thumbs"}
 
 
+def is_system_folder(name: str) -> bool:
+    """Tell whether a folder is one that systems and viewers make by themselves."""
+    return name.startswith((*_SYSTEM_MARKS, ".Trash", ".snapshot")) or name.lower() in _SYSTEM_FOLDERS
+
+
 class SourceItem(NamedTuple):
     """One image of a source: a plain tuple, since a million of them stream by."""
 
@@ -87,8 +92,7 @@ class SourceOptions:
         if name.startswith("."):
             return "hidden folders" if is_folder else "hidden files"
         if is_folder:
-            system = name.startswith(_SYSTEM_MARKS) or name.lower() in _SYSTEM_FOLDERS
-            return f"{name}/" if system and self.labels != "folders" else ""
+            return f"{name}/" if is_system_folder(name) and self.labels != "folders" else ""
         return "" if is_image_name(name) else f"*{Path(name).suffix or name}"
 
     def passes_over_path(self, name: str) -> str:

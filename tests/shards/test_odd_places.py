@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import errno
 import io
+import mmap
 import os
 import shlex
 import shutil
+import signal
 import subprocess
+import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -276,6 +279,54 @@ def test_what_may_not_be_written_or_has_no_folder_is_named(tmp_path: Path) -> No
         raise OSError(errno.EIO, "Input/output error", "x.tar")
     with pytest.raises(UserError, match=r"x.jpg: its folder .*none does not exist. Make it"):
         write_atomic(tmp_path / "none" / "x.jpg", b"")
+
+
+def test_odd_names_and_closed_outputs_are_no_traceback(tmp_path: Path, image: bytes) -> None:
+    for name in ("caf\udce9", "ünï", "plain"):  # the first is Latin-1 on disk
+        (tmp_path / "in" / name).mkdir(parents=True)
+        (tmp_path / "in" / name / "1.jpg").write_bytes(image)
+    packed(tmp_path / "in", tmp_path / "out")
+
+    def said(arguments: str, encoding: str = "utf-8:strict") -> tuple[int, str, str]:
+        command = f"set -o pipefail; {shlex.quote(sys.executable)} -m shards {arguments}"
+        environment = os.environ | {"PYTHONIOENCODING": encoding}
+        ended = subprocess.run(["bash", "-c", command], cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert "Traceback" not in ended.stderr
+        return ended.returncode, ended.stdout, ended.stderr
+
+    output, row = shlex.quote(str(tmp_path / "out")), f"--output {shlex.quote(str(tmp_path / 'x.jpg'))}"
+    labels = {said(f"inspect {output} {number} {row}")[1].splitlines()[2] for number in range(3)}
+    assert labels == {"label: 0 (caf\\udce9)", "label: 1 (plain)", "label: 2 (ünï)"}
+    assert (
+        "caf\\udce9" in said(f"pack --source {shlex.quote(str(tmp_path / 'in'))} --output {output}", "ascii:strict")[1]
+    )
+    for command in (f"inspect {output}", f"verify {output} --workers 1"):
+        assert said(f"{command} >&-")[0] == said(f"{command} 2>&-")[0] == 0
+        assert said(f"{command} | true")[0] == 128 + signal.SIGPIPE
+        assert "the output cannot be written (No space left on device)" in said(f"{command} > /dev/full")[2]
+
+
+def test_where_nothing_can_be_mapped_the_shards_are_the_same(
+    tmp_path: Path, make_class_folders: MakeFolders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_class_folders(tmp_path / "in", 2, 3)
+    (tmp_path / "in/n01440764/n01440764_0.png").write_bytes(b"")  # two names of one key: the listing is written twice
+    expected = packed(tmp_path / "in", tmp_path / "mapped")
+
+    def no_mmap(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENODEV, "No such device")
+
+    monkeypatch.setattr(mmap, "mmap", no_mmap)
+    assert packed(tmp_path / "in", tmp_path / "out") == expected
+    assert expected.counts["renamed"] == 1
+
+
+def test_what_a_fresh_mount_holds_is_no_foreign_file(tmp_path: Path, make_class_folders: MakeFolders) -> None:
+    make_class_folders(tmp_path / "in", 1, 2)
+    for name in ("lost+found", ".snapshot", "$RECYCLE.BIN", "System Volume Information"):
+        (tmp_path / "out" / name).mkdir(parents=True)
+    packed(tmp_path / "in", tmp_path / "out")
+    assert verify(tmp_path / "out", workers=1, progress=False) == []
 
 
 def test_a_shard_that_may_not_be_read_is_a_fault_of_that_shard(

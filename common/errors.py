@@ -37,7 +37,7 @@ def run_command(work: Callable[[], object]) -> int:
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # closed by the shell
-            setattr(sys, name, Path(os.devnull).open("w"))
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115  (for as long as the process lives)
         elif isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="backslashreplace")  # a name may hold what the output cannot
     try:
@@ -45,8 +45,7 @@ def run_command(work: Callable[[], object]) -> int:
         sys.stdout.flush()
         return result if isinstance(result, int) else 0
     except KeyboardInterrupt:
-        print(INTERRUPTED, file=sys.stderr)
-        return 130
+        pass  # said below: only without its traceback is a bar that was just begun closed, and its line ended
     except Exception as error:
         if isinstance(error, OSError) and error.filename is None and _output_is_closed():
             if not isinstance(error, BrokenPipeError):
@@ -61,6 +60,8 @@ def run_command(work: Callable[[], object]) -> int:
             raise
         print(told, file=sys.stderr)
         return 2
+    print(INTERRUPTED, file=sys.stderr)
+    return 130
 
 
 def _output_is_closed() -> bool:

@@ -93,6 +93,14 @@ class Manifest:
         """Number of classes; 0 where images have no labels."""
         return len(self.class_names)
 
+    def counts_text(self) -> str:
+        """Return what became of the images, as a sentence has it."""
+        words = {"verbatim": "kept byte for byte", "quarantined for a warning": "of these for a warning"}
+        return ", ".join(
+            f"{count} {words.get(name, name.replace('re-encoded: ', 're-encoded from '))}"
+            for name, count in self.counts.items()
+        )
+
     def fingerprint(self) -> str:
         """Return the sha256, in hex, of the canonical manifest: equal iff all files are equal to the byte."""
         return json_sha256(asdict(self))

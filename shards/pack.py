@@ -22,6 +22,7 @@ from common.files import (
     file_sha256,
     json_sha256,
     remove_temporaries,
+    size_text,
     sync_folder,
     write_atomic,
 )
@@ -267,7 +268,7 @@ class _Run:
         free = shutil.disk_usage(self.output).free
         if free + there < needed:
             raise UserError(
-                f"{self.output}: about {needed / 1e9:.2f} GB are needed, {(free + there) / 1e9:.2f} GB are free "
+                f"{self.output}: about {size_text(needed)} are needed, {size_text(free + there)} are free "
                 "there. Make room, or choose a folder on a larger disk."
             )
 
@@ -347,7 +348,7 @@ def _recorded(output: Path) -> dict[str, Any] | None:
         record: dict[str, Any] = json.loads((output / SOURCE_NAME).read_bytes())
     except (FileNotFoundError, ValueError):
         return None
-    return record
+    return record if isinstance(record, dict) and {"asked", "files", "times_sha256"} <= record.keys() else None
 
 
 def _described(containers: Sequence[Container]) -> list[dict[str, Any]]:
@@ -407,14 +408,12 @@ def plan(class_names: Sequence[str], listing: Listing) -> list[str]:
 def summary(manifest: Manifest, output: Path, seconds: float) -> str:
     """Return the closing lines of a packing: what was packed, changed and left out."""
     total = sum(shard.bytes for shard in manifest.shards)
-    counts = dict(manifest.counts)
-    quarantined, warned = counts.pop("quarantined"), counts.pop(WARNED_COUNT, 0)
-    details = ", ".join(f"{name} {count}" for name, count in counts.items())
+    warned = manifest.counts.get(WARNED_COUNT, 0)
     lines = [
         f"{output}: {manifest.num_rows} images of {manifest.num_classes} classes in {len(manifest.shards)} "
-        f"shards, {total / 1e9:.2f} GB, in {seconds:.0f} s ({details}; quarantined {quarantined})"
+        f"shards, {size_text(total)}, in {seconds:.0f} s ({manifest.counts_text()})"
     ]
-    if quarantined:
+    if manifest.counts["quarantined"]:
         lines.append(f"Left out, with reasons: {output / QUARANTINE_NAME}")
     if warned:
         lines.append(

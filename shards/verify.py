@@ -16,7 +16,7 @@ import simplejpeg
 from tqdm import tqdm
 
 from common.errors import UserError
-from common.files import file_sha256
+from common.files import file_sha256, size_text
 from shards.manifest import (
     BLOCK,
     INDEX_NAME,
@@ -240,7 +240,7 @@ def describe_faults(faults: list[Fault], folder: Path, manifest: Manifest) -> st
     """Return the closing lines of a verification."""
     if not faults:
         total = sum(shard.bytes for shard in manifest.shards)
-        return f"{folder}: {manifest.num_rows} rows in {len(manifest.shards)} shards, {total / 1e9:.2f} GB: whole."
+        return f"{folder}: {manifest.num_rows} rows in {len(manifest.shards)} shards, {size_text(total)}: whole."
     files = {fault.file for fault in faults}
     return (
         f"{folder}: {len(faults)} faults in {len(files)} files. Copy these files again from their source, or "

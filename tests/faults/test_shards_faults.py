@@ -106,7 +106,7 @@ def test_a_disk_that_is_really_full_is_named(
     big = simplejpeg.encode_jpeg(np.random.default_rng(0).integers(0, 256, (400, 400, 3), dtype=np.uint8))
     for number in range(4):
         (source / "class0" / f"big{number}.jpg").write_bytes(big)
-    with pytest.raises(UserError, match=r"GB are needed, 0.00 GB are free there. Make room"):
+    with pytest.raises(UserError, match=r"about 1.2 MB are needed, 0.[23] MB are free there. Make room"):
         run(source, disk / "out")
     monkeypatch.setattr("shards.pack._Run._check_free_disk", lambda *_: None)
     for workers in (1, 2):
@@ -123,7 +123,7 @@ def test_a_disk_too_small_is_refused_before_packing(
         free: int
 
     monkeypatch.setattr("shards.pack.shutil.disk_usage", lambda _: Usage(1000))
-    with pytest.raises(UserError, match=r"about 0.00 GB are needed, 0.00 GB are free there"):
+    with pytest.raises(UserError, match=r"about 0.2 MB are needed, 0.0 MB are free there"):
         run(source, output)
     assert not list(output.glob("*.tar"))
 

@@ -10,7 +10,7 @@ import hashlib
 import os
 import shutil
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -59,6 +59,12 @@ class Listing:
         """Bytes of all images as they lie in the source."""
         return int(self._rows["size"].sum())
 
+    @property
+    def labels(self) -> npt.NDArray[np.int32]:
+        """Label of each image, in the order of listing."""
+        labels: npt.NDArray[np.int32] = self._rows["label"]
+        return labels
+
     def item(self, position: int) -> SourceItem:
         """Return the image at a position of the listing; a name met twice carries `#2`, `#3`, ..."""
         row = self._rows[position]
@@ -73,11 +79,6 @@ class Listing:
             return unique_key(name), True
         key, changed = plain_key(name)
         return key, changed or bool(row["duplicate"])
-
-    def class_counts(self, num_classes: int) -> npt.NDArray[np.int64]:
-        """Return the number of images of each class."""
-        labels = self._rows["label"]
-        return np.bincount(labels[labels >= 0], minlength=num_classes)
 
     def content_hash(self, *columns: str) -> str:
         """Return a sha256 over columns in row order; by default ids, labels, sizes: equal for equal data anywhere."""
@@ -101,6 +102,25 @@ class Listing:
                 return f"{min(now.name, before.name)} was added or removed"
             return f"{now.name}: size {before.size} then, {now.size} now; mtime or place may differ too"
         return None if len(self) == len(other) else f"{len(other)} images then, {len(self)} now"
+
+
+def describe_plan(listing: Listing, class_names: Sequence[str]) -> list[str]:
+    """Return the lines that say what is about to be packed: images, classes and the size of the outermost."""
+    if not class_names:
+        return [f"Plan: {len(listing)} images without labels."]
+    labels = listing.labels
+    counts = np.bincount(labels[labels >= 0], minlength=len(class_names))
+    of_classes = [f"{class_names[label]} ({counts[label]})" for label in sorted({0, len(counts) - 1})]
+    unknown, empty = (
+        len(listing) - int(counts.sum()),
+        [class_names[label] for label in np.flatnonzero(counts == 0).tolist()],
+    )
+    lines = [f"Plan: {len(listing)} images of {len(class_names)} classes, {' to '.join(of_classes)}."]
+    if unknown:
+        lines.append(f"Without a label: {unknown} images.")
+    if empty:
+        lines.append(f"Without an image: {len(empty)} classes, {', '.join(empty[:5])}{', ...' if empty[5:] else ''}.")
+    return lines
 
 
 def write_listing(folder: Path, items: Iterable[SourceItem], seed: int, where: str) -> Listing:

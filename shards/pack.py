@@ -7,12 +7,10 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
 from common.errors import UserError
@@ -26,7 +24,7 @@ from common.files import (
     sync_folder,
     write_atomic,
 )
-from shards.listing import Listing, write_listing
+from shards.listing import Listing, describe_plan, write_listing
 from shards.manifest import (
     CLASSES_NAME,
     FORMAT_VERSION,
@@ -44,7 +42,7 @@ from shards.manifest import (
 from shards.sanitize import policy_fields
 from shards.shard_writer import WARNED_COUNT, ShardJob, ShardSettings, finish_shard, merged_columns, read_record
 from shards.sources import SourceOptions, recognise
-from shards.sources.base import Container, Source, is_system_folder
+from shards.sources.base import Source, confirmed_files, describe_files, is_system_folder
 from shards.sources.folders import describe_ignored
 from shards.workers import only_packer, run_jobs
 
@@ -205,7 +203,7 @@ class _Run:
         items = tqdm(self.source.items(), desc="listing", unit=" images", disable=not self.progress, mininterval=0.5)
         listing = write_listing(self.work / _NEW_LISTING_FOLDER, items, self.seed, str(self.source_path))
         if self.progress:
-            print("\n".join([*self.source.notes, *plan(self.source.class_names, listing)]))
+            print("\n".join([*self.source.notes, *describe_plan(listing, self.source.class_names)]))
             if self.source.ignored:
                 print(describe_ignored(self.source.ignored).strip())
         return listing
@@ -250,8 +248,8 @@ class _Run:
         recorded = _recorded(self.output)
         if recorded is not None:
             held |= recorded["asked"] | {"times of files": recorded["times_sha256"]}
-            wanted["files"] = _described(self.source.containers)
-            held["files"] = _confirmed(recorded["files"], wanted["files"], self.source.containers)
+            wanted["files"] = describe_files(self.source.containers)
+            held["files"] = confirmed_files(recorded["files"], wanted["files"], self.source.containers)
         else:  # packed by an earlier version, or copied without it
             wanted = {name: value for name, value in wanted.items() if name in held}
         if other := _difference(held, wanted):
@@ -316,7 +314,7 @@ class _Run:
             counts.update(record.counts)
         described = {
             "asked": self._asked(),
-            "files": _described(self.source.origins or self.source.containers),
+            "files": describe_files(self.source.origins or self.source.containers),
             "times_sha256": listing.content_hash("mtime_ns"),
         }
         write_atomic(self.output / SOURCE_NAME, canonical_json(described))
@@ -351,29 +349,6 @@ def _recorded(output: Path) -> dict[str, Any] | None:
     return record if isinstance(record, dict) and {"asked", "files", "times_sha256"} <= record.keys() else None
 
 
-def _described(containers: Sequence[Container]) -> list[dict[str, Any]]:
-    """Return name, size, time and hash of the files that hold images; no path, which another machine lacks."""
-    return [
-        {"name": Path(file.path).name, "bytes": file.size, "mtime_ns": file.mtime_ns, "sha256": file.sha256}
-        for file in containers
-        if not file.is_folder
-    ]
-
-
-def _confirmed(
-    before: list[dict[str, Any]], now: list[dict[str, Any]], containers: Sequence[Container]
-) -> list[dict[str, Any]]:
-    """Return `now` where it stands for the same files as `before`, by time or else by hash; else `before`."""
-    if len(before) != len(now):
-        return before
-    files = (file for file in containers if not file.is_folder)
-    for old, new, file in zip(before, now, files, strict=True):
-        same = all(old[field] == new[field] for field in ("name", "bytes", "mtime_ns"))
-        if not same and not (old["sha256"] and old["sha256"] == file_sha256(Path(file.path))):
-            return before
-    return now
-
-
 def _difference(before: dict[str, Any], now: dict[str, Any]) -> tuple[str, str, str] | None:
     """Return the name of the first value that is not the one before, with both in short; None where all are."""
     for name, value in now.items():
@@ -385,24 +360,6 @@ def _difference(before: dict[str, Any], now: dict[str, Any]) -> tuple[str, str, 
 def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def plan(class_names: Sequence[str], listing: Listing) -> list[str]:
-    """Return the lines that say what is about to be packed: images, classes and the size of the outermost."""
-    if not class_names:
-        return [f"Plan: {len(listing)} images without labels."]
-    counts = listing.class_counts(len(class_names))
-    of_classes = [f"{class_names[label]} ({counts[label]})" for label in sorted({0, len(counts) - 1})]
-    unknown, empty = (
-        len(listing) - int(counts.sum()),
-        [class_names[label] for label in np.flatnonzero(counts == 0).tolist()],
-    )
-    lines = [f"Plan: {len(listing)} images of {len(class_names)} classes, {' to '.join(of_classes)}."]
-    if unknown:
-        lines.append(f"Without a label: {unknown} images.")
-    if empty:
-        lines.append(f"Without an image: {len(empty)} classes, {', '.join(empty[:5])}{', ...' if empty[5:] else ''}.")
-    return lines
 
 
 def summary(manifest: Manifest, output: Path, seconds: float) -> str:

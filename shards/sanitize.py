@@ -242,8 +242,9 @@ def _decode_by_format(data: bytes) -> tuple[npt.NDArray[np.uint8], str, RowFlag]
             if image.width * image.height > _MAX_WHOLE_PIXELS:
                 raise ImageRejected(f"too large: {image.width}x{image.height} {origin}, only decodable at full size")
             image.load()
-            rgb = _to_rgb(image)
-            pixels = _orient(np.asarray(rgb if factor == 1 else rgb.reduce(factor)), _orientation(image))
+            early = factor != 1 and image.mode in ("L", "LA", "RGB", "RGBA", "CMYK")  # the rest only as RGB
+            rgb = _to_rgb(image.reduce(factor) if early else image)
+            pixels = _orient(np.asarray(rgb if early or factor == 1 else rgb.reduce(factor)), _orientation(image))
     except ImageRejected:
         raise
     except UnidentifiedImageError as error:

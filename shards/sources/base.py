@@ -8,9 +8,10 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from common.errors import UserError
+from common.files import file_sha256
 from shards.sources.labels import Classes, LabelList, is_image_name
 
 # Folders that systems and viewers lay among images: nobody's class.
@@ -108,6 +109,29 @@ def file_container(path: Path) -> Container:
     if status.st_size == 0:
         raise UserError(f"{path}: 0 bytes. The download or copy failed; get it again.")
     return Container(str(path.resolve()), status.st_size, status.st_mtime_ns)
+
+
+def describe_files(containers: Sequence[Container]) -> list[dict[str, Any]]:
+    """Return name, size, time and hash of the files that hold images; no path, which another machine lacks."""
+    return [
+        {"name": Path(file.path).name, "bytes": file.size, "mtime_ns": file.mtime_ns, "sha256": file.sha256}
+        for file in containers
+        if not file.is_folder
+    ]
+
+
+def confirmed_files(
+    before: list[dict[str, Any]], now: list[dict[str, Any]], containers: Sequence[Container]
+) -> list[dict[str, Any]]:
+    """Return `now` where it stands for the same files as `before`, by time or else by hash; else `before`."""
+    if len(before) != len(now):
+        return before
+    files = (file for file in containers if not file.is_folder)
+    for old, new, file in zip(before, now, files, strict=True):
+        same = all(old[field] == new[field] for field in ("name", "bytes", "mtime_ns"))
+        if not same and not (old["sha256"] and old["sha256"] == file_sha256(Path(file.path))):
+            return before
+    return now
 
 
 def relabelled(source: Source, labels: LabelList, where: Path) -> Source:

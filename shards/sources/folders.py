@@ -20,6 +20,7 @@ _SPLIT_NAME = re.compile(
     r"([-_ ]?(set|data|images|\d+))*"
 )
 _HOLDERS = {"images", "image", "imgs", "img", "jpegimages", "jpegs", "data"}  # say nothing of what they hold
+_STRAY = 10  # a file of so many may lie beside a folder that holds all others
 
 
 def is_split_name(name: str) -> bool:
@@ -93,7 +94,8 @@ def tree_source(
         prefix = _below_wrappers(tree, prefix)
     below, at = tree.below(prefix), where / prefix
     if prefix:
-        notes.insert(0, f"Packed is {at}.")
+        outside = tree.images.total() - tree.count(prefix)
+        notes.insert(0, f"Packed is {at}" + (f", {outside} images outside it are not." if outside else "."))
     source = Source("", (), containers(prefix), lambda ignored: files(prefix, ignored))
     if options.labels not in (None, "folders") or not below:
         if options.labels == "folders":
@@ -154,7 +156,7 @@ def _below_wrappers(tree: Tree, prefix: str) -> str:
     """Return the folder below one in which classes or images lie, past folders that hold nothing but one other."""
     while True:
         below = tree.below(prefix)
-        if tree.images[prefix] or len(below) != 1:
+        if len(below) != 1 or _STRAY * tree.images[prefix] > tree.count(prefix):
             return prefix
         ((child, inside),) = below.items()
         # A class, and not a wrapper, holds images, in a folder `images` at most.
@@ -169,8 +171,7 @@ def _refuse_what_is_unclear(tree: Tree, prefix: str, below: dict[str, set[str]],
     """UserError where folders that hold images may be something else than classes."""
     splits = sorted(filter(is_split_name, below))
     holders = sorted(name for name in below if name.lower() in _HOLDERS)
-    inside = Counter(name for names in below.values() for name in names)
-    repeated = sorted(name for name, count in inside.items() if count > 1 and name.lower() not in _HOLDERS)
+    deep = sorted(name for name, inside in below.items() if len(inside) > 1 and not tree.images[f"{prefix}{name}/"])
     sizes: Counter[str] = Counter()
     for folder, count in tree.images.items():
         if folder.startswith(prefix) and folder != prefix:
@@ -187,11 +188,11 @@ def _refuse_what_is_unclear(tree: Tree, prefix: str, below: dict[str, set[str]],
             f"{at}: holds the folder {holders[0]} beside {len(below) - 1} others, and that is no class's name. "
             f"`--split {holders[0]}` packs it alone, `--ignore NAME` passes a folder over; {whole}."
         )
-    if len(repeated) > 1:
-        first = sorted(name for name, names in below.items() if repeated[0] in names)
+    if deep:
         raise UserError(
-            f"{at}: the folders {first[0]} and {first[1]} ({len(below)} in all) hold folders of the same names "
-            f"({', '.join(repeated[:3])}). Which are the classes? `--split {first[0]}` takes those in it; {whole}."
+            f"{at}: {len(deep)} of its {len(below)} folders hold no images but folders of images, such as {deep[0]} "
+            f"({', '.join(sorted(below[deep[0]])[:3])}). Which are the classes? `--split {deep[0]}` takes those in it; "
+            f"{whole}."
         )
     if beside > usual:
         raise UserError(

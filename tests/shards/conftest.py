@@ -244,6 +244,8 @@ def _reencoded_files() -> dict[str, OddFile]:
         )
         for name, form, data, shape in (
             ("png_40000_wide", "PNG", saved(Image.new("L", (40000, 9), 90), "PNG"), (5, 20000)),
+            ("png_of_palette", "PNG", saved(Image.new("L", (40000, 9), 90).convert("P"), "PNG"), (5, 20000)),
+            ("png_of_alpha", "PNG", saved(Image.new("LA", (40000, 9), (90, 255)), "PNG"), (5, 20000)),
             ("bmp_70000_high", "BMP", saved(Image.new("L", (9, 70000), 90), "BMP"), (17500, 3)),
         )
     }

@@ -118,6 +118,7 @@ def test_a_tar_of_several_splits_is_refused(tmp_path: Path, image: bytes) -> Non
         packed(tar, tmp_path / "out")
 
 
+SET = f"a/0.jpg {' '.join(f'b/{i}.jpg' for i in range(9))}"
 LAYOUTS: dict[str, tuple[str, dict[str, Any], str]] = {
     # Files, options, and the packed names: the folder before "/" is the class, and there is none without one.
     "mac": ("cat/1.jpg dog/2.jpg __MACOSX/cat/3.jpg cat/._1.jpg", {}, "cat/1.jpg dog/2.jpg"),
@@ -138,6 +139,7 @@ LAYOUTS: dict[str, tuple[str, dict[str, Any], str]] = {
     "told to": ("train/1.jpg test/2.jpg", {"labels": "folders"}, "train/1.jpg test/2.jpg"),
     "flat in a folder": ("images/1.jpg images/2.jpg", {}, "1.jpg 2.jpg"),
     "ignored": ("images/a/1.jpg images/b/2.jpg masks/a/1.png", {"ignore": ("mask*",)}, "a/1.jpg b/2.jpg"),
+    "stray beside a wrapper": (f"logo.png set/a/0.jpg {' '.join(f'set/b/{i}.jpg' for i in range(9))}", {}, SET),
     "one stray": ("a/1.jpg a/2.jpg b/3.jpg logo.png", {}, "a/1.jpg a/2.jpg b/3.jpg"),
 }
 UNCLEAR = {
@@ -146,7 +148,9 @@ UNCLEAR = {
     "train2017/1.jpg val2017/2.jpg": "holds the folders train2017, val2017, which are splits",
     "train/a/1.jpg train/b/2.jpg unlabeled/3.jpg": "holds the folders train, which are splits",
     "images/1.jpg masks/1.png": "holds the folder images beside 1 others, and that is no class's name. `--split",
-    "art/cat/1.jpg art/dog/2.jpg photo/cat/3.jpg photo/dog/4.jpg": "the folders art and photo .* same names .cat, dog.",
+    "art/cat/1.jpg art/dog/2.jpg photo/cat/3.jpg photo/dog/4.jpg": "2 of its 2 folders hold no images but folders",
+    "a/abbey/1.jpg a/attic/2.jpg b/bar/3.jpg b/bay/4.jpg": "such as a .abbey, attic.. Which are the classes",
+    "set/cat/1.jpg set/dog/2.jpg samples/3.jpg": "1 of its 2 folders hold no images but folders of images",
     "1.jpg 2.jpg 3.jpg best/1.jpg": "3 images lie beside its 1 folders, which hold 1 each",
 }
 
@@ -195,7 +199,7 @@ def test_the_plan_is_printed_before_packing(tmp_path: Path, image: bytes, capsys
     assert main([*command, "--split", "train"]) == 0
     assert capsys.readouterr().out.splitlines()[:6] == [
         f"{tmp_path / 'in'}: class folders (3 classes)",
-        f"Packed is {tmp_path / 'in/x/train'}.",
+        f"Packed is {tmp_path / 'in/x/train'}, 1 images outside it are not.",
         "Beside it, not packed: val (1).",
         "Plan: 3 images of 3 classes, cat (1) to eel (0).",
         "Without an image: 1 classes, eel.",

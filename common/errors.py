@@ -45,7 +45,8 @@ def run_command(work: Callable[[], object]) -> int:
         sys.stdout.flush()
         return result if isinstance(result, int) else 0
     except KeyboardInterrupt:
-        pass  # said below: only without its traceback is a bar that was just begun closed, and its line ended
+        print(INTERRUPTED, file=sys.stderr)
+        return 130
     except Exception as error:
         if isinstance(error, OSError) and error.filename is None and _output_is_closed():
             if not isinstance(error, BrokenPipeError):
@@ -60,8 +61,6 @@ def run_command(work: Callable[[], object]) -> int:
             raise
         print(told, file=sys.stderr)
         return 2
-    print(INTERRUPTED, file=sys.stderr)
-    return 130
 
 
 def _output_is_closed() -> bool:

@@ -316,13 +316,17 @@ def test_an_interrupted_command_says_that_it_continues(source: Path, output: Pat
 
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_an_interrupted_verification_ends_in_a_line(source: Path, output: Path, workers: str) -> None:
-    for number in range(2000):
+    large = np.random.default_rng(0).integers(0, 256, (600, 600, 3), dtype=np.uint8)
+    (source / "class0" / "00000.jpg").write_bytes(simplejpeg.encode_jpeg(large))
+    for number in range(400):  # seconds of decoding
         os.link(source / "class0" / "00000.jpg", source / "class0" / f"more{number:05d}.jpg")
-    run(source, output, rows_per_shard=8)
+    run(source, output)
     command = [sys.executable, "-m", "shards", "verify", output, "--decode", "1", "--workers", workers]
     with subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True) as process:
         assert process.stderr is not None
-        begun = process.stderr.read(10)
+        begun = b""
+        while begun.count(b"\r") < 2:  # the bar is drawn, and once more
+            begun += process.stderr.read(1)
         os.killpg(process.pid, signal.SIGINT)
         errors = (begun + process.stderr.read()).decode()
     assert process.returncode == 130

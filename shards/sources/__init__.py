@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from common.errors import UserError
@@ -52,7 +53,9 @@ def _recognisetar_source(path: Path, tars: list[Path], options: SourceOptions) -
     if downloads and options.split is None:
         names = ", ".join(tar.name for tar in downloads)
         raise UserError(f"{path}: holds {names}. Give the tar itself: {downloads[0]}.")
-    return tar_source(tars if options.labels == "folders" else of_split(tars, options.split, path), options, path)
+    if len(tars) == 1 or options.labels == "folders":  # a split is looked for inside
+        return tar_source(tars, options, path)
+    return tar_source(of_split(tars, options.split, path), replace(options, split=None), path)
 
 
 def _recognise_file(path: Path, options: SourceOptions) -> Source:

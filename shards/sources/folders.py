@@ -34,7 +34,7 @@ class Tree:
 
     images: Counter[str] = field(default_factory=Counter)  # in each folder that holds some, not below it
     first_image: dict[str, str] = field(default_factory=dict)  # of each such folder
-    others: list[str] = field(default_factory=list)  # relative names of the files that are no images
+    others: list[str] = field(default_factory=list)  # relative names of tars, parquet files and tables
     empty: list[str] = field(default_factory=list)  # folders in which nothing lies
     ignored: Counter[str] = field(default_factory=Counter)
 
@@ -45,7 +45,7 @@ class Tree:
             self.first_image.setdefault(folder, base)
             return
         self.ignored[why] += 1
-        if base.endswith((".tar", ".parquet")) and why.startswith("*."):
+        if base.endswith((".tar", ".parquet", ".csv", ".tsv", ".jsonl")) and why.startswith("*."):
             self.others.append(folder + base)
 
     def below(self, prefix: str) -> dict[str, set[str]]:
@@ -108,6 +108,9 @@ def tree_source(
         source = replace(source, kind=f"a {kind} of images", notes=tuple(notes))
         if options.labels is not None:
             return source
+        if lists := [name for name in tree.others if name.endswith((".csv", ".tsv", ".jsonl"))]:
+            notes.append(f"Beside the images lies {lists[0]}. --labels takes labels from such a table.")
+            source = replace(source, notes=tuple(notes))
         return relabelled(source, labels_beside(tree.first_image[prefix], at, options.classes), where)
     if options.labels is None:
         _refuse_what_is_unclear(tree, prefix, below, at)

@@ -58,6 +58,10 @@ def parquet_source(files: Sequence[Path], options: SourceOptions, where: Path) -
     containers = tuple(file_container(file) for file in filled)
     kind = f"{len(filled)} parquet files{'' if has_labels or options.labels else ', unlabelled (label -1)'}"
     left_out = [file.name for file in files if file not in filled]
+    integers = [name for name, kind in first.columns.items() if _is_integer(kind) and name != images]
+    notes = []
+    if integers and not has_labels and options.labels is None:
+        notes.append(f"Integers without a use: {', '.join(integers)}. --label-column takes one for the labels.")
     note = f"Of another split, without images or without rows, not packed: {', '.join(left_out[:9])} ({len(left_out)})."
     named = dict(enumerate(first.class_names(label_column) or ())) if has_labels else {}
 
@@ -73,7 +77,7 @@ def parquet_source(files: Sequence[Path], options: SourceOptions, where: Path) -
                 bar.update(container.size)
         return _staged(kind, folder, containers, named, options)
 
-    return Source(kind, (), containers, _not_staged, stage=stage, notes=(note,) if left_out else ())
+    return Source(kind, (), containers, _not_staged, stage=stage, notes=(*notes, note) if left_out else tuple(notes))
 
 
 def _not_staged(_: Counter[str]) -> Iterator[SourceItem]:
@@ -217,7 +221,7 @@ def _check_columns(file: Path, about: _About, images: str, labels: str, first: _
                 f"{file}: no column {column!r}, but {list(about.columns)}. Name it by --image-column or "
                 "--label-column, or pass the file over by --ignore."
             )
-    if labels and not re.fullmatch(r"u?int(8|16|32|64)", about.columns[labels]):
+    if labels and not _is_integer(about.columns[labels]):
         raise UserError(
             f"{file}: the labels in column {labels!r} are of type {about.columns[labels]}, not integers. Name the "
             "column of integer labels by --label-column, or pack without labels by `--labels none`."
@@ -228,6 +232,10 @@ def _check_columns(file: Path, about: _About, images: str, labels: str, first: _
             f"{file}: its classes are {str(now)[:60]}, those of {named.name} {str(before)[:60]}. Files of one set have "
             "the same: get them again, or pass one over by --ignore."
         )
+
+
+def _is_integer(kind: str) -> bool:
+    return re.fullmatch(r"u?int(8|16|32|64)", kind) is not None
 
 
 def _batches(parquet: Any, columns: list[str], path: str) -> Iterator[Any]:

@@ -134,6 +134,10 @@ def _class_tars(
             f"{where}: {kind} called {names[0]}, {names[1]} and so on, which may be parts of one set. "
             "`--labels folders` takes each tar for a class, `--labels none` packs all without labels."
         )
+    if options.labels is None and all(map(is_split_name, names)):
+        raise UserError(
+            f"{where}: holds the tars {', '.join(names)}, which are splits, not classes. Unpack it, give one."
+        )
     if options.split:
         raise UserError(f"{where}: {kind}, which holds no splits. Leave out --split.")
     label_of = class_labels(names, options.classes, where)

@@ -216,13 +216,15 @@ def test_a_flat_folder_is_packed_unlabelled_and_says_so(train: tuple[Path, Files
         (tmp_path / "flat").mkdir(exist_ok=True)
         (tmp_path / "flat" / name.split("/")[1]).write_bytes(data)
     (tmp_path / "flat/readme.txt").write_text("not an image")
+    (tmp_path / "flat/metadata.csv").write_text("file_name,label\n")
     manifest = packed(tmp_path / "flat", tmp_path / "out")
     assert manifest.source["kind"] == "a folder of images, unlabelled (label -1)"
     assert manifest.class_names == ()
     assert load_index(tmp_path / "out").label.tolist() == [-1] * 24
     source = recognise(tmp_path / "flat", SourceOptions())
     assert len(list(source.items())) == 24
-    assert source.ignored == {"*.txt": 1}
+    assert source.ignored == {"*.csv": 1, "*.txt": 1}
+    assert source.notes == ("Beside the images lies metadata.csv. --labels takes labels from such a table.",)
 
 
 @pytest.mark.parametrize("kind", ["folders", "tar", "class tars", "outer tar", "parquet"])
@@ -312,6 +314,17 @@ def test_samples_without_labels_and_numbered_tars_are_never_a_class_a_tar(
     manifest = packed(tmp_path / "captions", tmp_path / "out")
     assert (manifest.class_names, manifest.num_rows) == ((), 48)
     assert manifest.source["kind"] == "2 tars of samples, unlabelled (label -1)"
+    (tmp_path / "splits").mkdir()
+    for split, part in (("train", list(train[1])[:12]), ("val", list(train[1])[12:])):
+        tree = tar_of({f"imagenet/{split}/{name}": train[1][name] for name in part})
+        (tmp_path / "splits" / f"{split}.tar").write_bytes(tree)
+    with pytest.raises(UserError, match=r"holds the splits \['train', 'val'\]"):
+        recognise(tmp_path / "splits", SourceOptions())
+    chosen = recognise(tmp_path / "splits", SourceOptions(split="val"))
+    assert {item.name for item in chosen.items()} == set(list(train[1])[12:])
+    (tmp_path / "outer.tar").write_bytes(tar_of({"train.tar": plain, "val.tar": plain}))
+    with pytest.raises(UserError, match=r"outer.tar: holds the tars train, val, which are splits, not classes"):
+        recognise(tmp_path / "outer.tar", SourceOptions())
     with pytest.raises(UserError, match=r"a folder of 2 class tars called 00000, 00001 and so on, which may be parts"):
         recognise(tmp_path / "plain", SourceOptions())
     assert recognise(tmp_path / "plain", SourceOptions(labels="folders")).class_names == ("00000", "00001")
@@ -468,6 +481,10 @@ def test_parquet_without_names_paths_or_labels_is_packed_by_row(train: tuple[Pat
     assert by_uid == {name_uid(f"images/{row:08d}"): row // 6 for row in range(24)}
     parquet.write_table(hf_table(files).drop_columns("label"), source)
     assert packed(source, tmp_path / "unlabelled").source["kind"] == "1 parquet files, unlabelled (label -1)"
+    parquet.write_table(hf_table(files).rename_columns(["image", "fine_label"]), source)
+    assert recognise(source, SourceOptions()).notes[0].startswith("Integers without a use: fine_label. --label-column")
+    assert recognise(source, SourceOptions(label_column="fine_label")).kind == "1 parquet files"
+    parquet.write_table(hf_table(files).drop_columns("label"), source)
     with pytest.raises(UserError, match=r"no column 'img', but \['image'\]"):
         packed(source, tmp_path / "none", image_column="img")
 

@@ -46,9 +46,23 @@ from distill.evaluation.features import (
     load_probed,
     model_depth,
 )
-from distill.evaluation.linear import LbfgsProtocol, LinearProtocol, best_result, linear_probe, subset_rows
+from distill.evaluation.linear import (
+    LbfgsProtocol,
+    LinearProtocol,
+    LinearResult,
+    best_result,
+    linear_probe,
+    subset_rows,
+)
 from distill.evaluation.logistic import SgdProtocol
-from distill.evaluation.measures import TEMPERATURE, cosine_to_teacher, knn_accuracy, rankme
+from distill.evaluation.measures import (
+    PATCH_IMAGES,
+    TEMPERATURE,
+    cosine_to_teacher,
+    knn_accuracy,
+    neighbours_kept,
+    rankme,
+)
 from distill.evaluation.report import ModelReport, ProbeReport, Protocol, results_table, write_probe_json
 from distill.evaluation.segmentation import MaskedImages, find_masked_images, segmentation_miou
 from pipeline.backend import choose_backend
@@ -57,8 +71,6 @@ from pipeline.readers import read_center_crops
 from shards.manifest import load_index, load_manifest
 
 RIDGE = 1e-3
-# Images of train, and of val, whose patch tokens are compared with the teacher's.
-PATCH_IMAGES = 64
 DEFAULT_IMG_SIZE = 224
 
 
@@ -122,7 +134,7 @@ class ProbeConfig:
 
 @dataclass(frozen=True)
 class ProbeData:
-    """Labelled rows of train and val shards."""
+    """Labelled rows of train and val shards; all rows where train or val has no labels."""
 
     train_shards: Path
     val_shards: Path
@@ -169,7 +181,7 @@ def probe(config: ProbeConfig) -> ProbeReport:
     """Measure every model of the table and write probe.json, table.txt and the figures.
 
     Raises:
-        UserError: bad options, shards without labels, or what loading a model raises.
+        UserError: bad options, shards of other classes, or what loading a model raises.
     """
     run = load_config(Path(config.run)) if config.run is not None else None
     output = output_folder(config)
@@ -259,15 +271,19 @@ def measure(
     config, device = stage.config, stage.device
     present, left_out = sets
     train_cls, val_cls = train.cls[:, -1].to(device), val.cls[:, -1].to(device)
-    with stage.timed("knn"):
-        knn = knn_accuracy(train_cls, train.labels.to(device), val_cls, val.labels.to(device), k=config.knn_k)
-    with stage.timed("linear"):
-        results = linear_probe(train, val, sets=present, protocol=linear, device=device)
+    knn: dict[int, float] = {}
+    results: list[LinearResult] = []
+    if min(int(train.labels.min()), int(val.labels.min())) >= 0:
+        with stage.timed("knn"):
+            knn = knn_accuracy(train_cls, train.labels.to(device), val_cls, val.labels.to(device), k=config.knn_k)
+        with stage.timed("linear"):
+            results = linear_probe(train, val, sets=present, protocol=linear, device=device)
     with stage.timed("label-free"):
-        cosine = None
+        cosine = neighbours = None
         if teacher is not None:
-            targets = (tokens.cls[:, -1].to(device) for tokens in teacher)
-            cosine = cosine_to_teacher(train_cls, next(targets), val_cls, next(targets), ridge=RIDGE)
+            teacher_train, teacher_val = (tokens.cls[:, -1].to(device) for tokens in teacher)
+            cosine = cosine_to_teacher(train_cls, teacher_train, val_cls, teacher_val, ridge=RIDGE)
+            neighbours = neighbours_kept(train_cls, teacher_train, val_cls, teacher_val, k=config.knn_k[0])
         rank = rankme(val_cls)
     return ModelReport(
         name=model.name,
@@ -276,11 +292,12 @@ def measure(
         num_parameters=model.num_parameters,
         knn=knn,
         linear=results,
-        best=best_result(results),
+        best=best_result(results) if results else None,
         left_out=[feature_set.name for feature_set in left_out],
         rankme=rank,
         embed_dim=model.embed_dim,
         cosine=cosine,
+        neighbours=neighbours,
     )
 
 
@@ -321,13 +338,17 @@ def write_figures(report: ProbeReport, patches: ComparedPatches | None, stage: S
     """Accuracies; PCA of patch features if there is a teacher; the run's curves if there is a run."""
     ks = report.protocol.knn_k
     accuracies = {
-        model.name: {**{f"k-NN@{k}": model.knn[k] for k in ks}, "linear": model.best.top1} for model in report.models
+        model.name: {**{f"k-NN@{k}": model.knn[k] for k in ks}, "linear": model.best.top1}
+        for model in report.models
+        if model.best is not None
     }
-    figures.write_figure(figures.accuracy_bars_figure(accuracies), output / "accuracies.png")
+    if accuracies:
+        figures.write_figure(figures.accuracy_bars_figure(accuracies), output / "accuracies.png")
     if patches is not None:
         figures.write_figure(pca_figure(patches, stage), output / "patch_pca.png")
     if stage.config.run is not None:
-        levels = {model.name: model.knn[ks[-1]] for model in report.models if model.name in ("teacher", "random")}
+        compared = [model for model in report.models if model.name in ("teacher", "random") and model.knn]
+        levels = {model.name: model.knn[ks[-1]] for model in compared}
         figures.write_run_figures(Path(stage.config.run) / "metrics.jsonl", output, levels=levels)
 
 
@@ -380,17 +401,19 @@ def read_data(config: ProbeConfig, run: TrainConfig | None) -> ProbeData:
             raise UserError(f"--{name}: not given, and no run names it. Pass a folder written by `make shards`.")
     assert train is not None and val is not None
     names = [load_manifest(folder).class_names for folder in (train, val)]
-    if names[0] != names[1]:
+    of_labels = [np.flatnonzero(load_index(folder).label >= 0) for folder in (train, val)]
+    if not all(map(len, of_labels)):
+        print("without labels in train and val: no accuracies, but the measures that need none")
+        of_labels = [np.arange(load_manifest(folder).num_rows) for folder in (train, val)]
+    elif names[0] != names[1]:
         raise UserError(
             f"{train} has {len(names[0])} classes, {val} has {len(names[1])}, and they are not the same list. "
             "Labels would not mean the same. Pack both with the same classes."
         )
-    rows = []
-    for folder, limit in ((train, config.max_train_rows), (val, config.max_val_rows)):
-        labelled = np.flatnonzero(load_index(folder).label >= 0)
-        if len(labelled) == 0:
-            raise UserError(f"{folder}: no row has a label. The probe needs labels; pack images with classes.")
-        rows.append(labelled[subset_rows(len(labelled), limit=limit, seed=config.seed)])
+    limits = (config.max_train_rows, config.max_val_rows)
+    rows = [
+        of[subset_rows(len(of), limit=limit, seed=config.seed)] for of, limit in zip(of_labels, limits, strict=True)
+    ]
     if max(config.knn_k, default=0) > len(rows[0]):
         raise UserError(
             f"--knn_k {config.knn_k}: {train} gives {len(rows[0])} labelled rows, too few neighbours. "

@@ -32,7 +32,7 @@ from common.errors import UserError, run_command
 from common.locks import file_lock
 from distill.checkpoint import CheckpointWriter, load_newest
 from distill.config import TrainConfig, has_checkpoint, write_or_check_config
-from distill.evaluation.measures import check_validation, student_knn
+from distill.evaluation.measures import check_validation, judge_student
 from distill.gradients import check_compiled_gradients, term_gradient_norms
 from distill.metrics import MetricsLog, kept_messages
 from distill.models import create_student, load_initial_weights, statistics_names
@@ -65,11 +65,12 @@ def train(config: TrainConfig, ranks: Ranks) -> None:
     stop = StopSignal()
     autocast = configure_torch(config.runtime, ranks.device)
     ranks.on_main(lambda: write_or_check_config(config, run_dir, versions()))
-    ranks.on_main(lambda: check_validation(config))
     check_losses(config, ranks)
 
     # Teacher outputs: from the cache, or live. Both give TeacherTargets.
     cache = open_cache(config) if config.teacher.cache_path else None
+    cached_teacher = cache.fingerprint["teacher"] if cache and config.uses_cache() else None
+    ranks.on_main(lambda: check_validation(config, ranks.device, cached_teacher))
     teacher = None if config.uses_cache() else live_teacher(config, ranks)
     prototypes = obtain_prototypes(config, run_dir, cache, teacher, ranks)
 
@@ -411,11 +412,19 @@ def log_knn(
     step: int,
     epoch: float,
 ) -> None:
-    """Judge the student by k-NN and log it; a signal cuts it short."""
+    """Judge the student by k-NN, without labels by its teacher, and log it; a signal cuts it short."""
     with stop.cutting_short():
-        top1 = student_knn(model, config, ranks.device)
-        log.event(step, epoch=epoch, knn_top1=top1)
-        log.say(f"step {step}: k-NN {top1:.2f} %")
+        measures = judge_student(model, config, ranks.device)
+        log.event(step, epoch=epoch, **measures)
+        said = (
+            "k-NN {knn_top1:.2f} %"
+            if "knn_top1" in measures
+            else (
+                "RankMe {rankme:.1f}; of the teacher: cosine {cosine:.3f}, of patches {patch_cosine:.3f}, "
+                "{neighbours:.1f} % of its nearest neighbours"
+            )
+        )
+        log.say(f"step {step}: {said.format_map(measures)}")
 
 
 def describe_start(

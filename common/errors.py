@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import io
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -32,13 +34,24 @@ def run_command(work: Callable[[], object]) -> int:
     """Do a command's work and return its exit status: an int that it returns, else 0; 2 for bad input, 130 if
     interrupted."""
     raise_at_interrupt()
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by the shell
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115  (for as long as the process lives)
+        elif isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")  # a name may hold what the output cannot
     try:
         result = work()
+        sys.stdout.flush()
         return result if isinstance(result, int) else 0
     except KeyboardInterrupt:
         print(INTERRUPTED, file=sys.stderr)
         return 130
     except Exception as error:
+        if isinstance(error, OSError) and error.filename is None and _output_is_closed():
+            if not isinstance(error, BrokenPipeError):
+                print(f"error: the output cannot be written ({error.strerror}).", file=sys.stderr)
+            return 128 + signal.SIGPIPE
         told = _told(error)
         if "TORCHELASTIC_ERROR_FILE" in os.environ:  # for `distill.launch`, which repeats it last
             fault = f"error: {type(error).__name__}: {error}. This is a fault of the program: see its traceback above."
@@ -48,6 +61,16 @@ def run_command(work: Callable[[], object]) -> int:
             raise
         print(told, file=sys.stderr)
         return 2
+
+
+def _output_is_closed() -> bool:
+    """Tell whether nobody takes what this process prints, as after `| head`; let what is left of it go nowhere."""
+    try:
+        print(flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def _told(error: Exception) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,11 +35,12 @@ def file_lock(path: Path, *, timeout: float = -1.0) -> Iterator[bool]:
         yield False
         return
     except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+        if error.filename is not None:  # of the file; whatever flock itself answers, there is no lock to be had
             raise
         raise UserError(
             f"{path}: this file system has no file locks ({error.strerror}), so two processes could write the same "
-            "files. Work on another file system and copy what is finished."
+            "files. Mount it with locks (Lustre: `-o flock`; NFS: with its lock service), or work on another file "
+            "system and copy what is finished."
         ) from error
     try:
         yield True

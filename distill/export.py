@@ -380,6 +380,8 @@ def _accuracy(card: Card) -> str:
     probed = next((model["detail"] for model in probe["models"] if model["name"] == "student"), "another model")
     if probed != student_detail(card.step, card.ema):
         return f"Not measured for these weights: the run was last probed at {probed}."
+    if any(model["best"] is None for model in probe["models"]):
+        return "Not measured: the run was probed on shards without labels."
     lines = ["| model | " + " | ".join(f"k-NN@{k}" for k in probe["protocol"]["knn_k"]) + " | linear |"]
     lines.append("|---|" + "---|" * (len(probe["protocol"]["knn_k"]) + 1))
     for model in probe["models"]:

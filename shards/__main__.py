@@ -44,11 +44,12 @@ def _parser() -> argparse.ArgumentParser:
     _flag(packing, "rows-per-shard", type=int, default=ROWS_PER_SHARD, help="images a shard (%(default)s)")
     _flag(packing, "seed", type=int, default=0, help="of the order of rows (%(default)s)")
     _flag(packing, "workers", type=int, help="processes (one a core)")
-    _flag(packing, "labels", help="list of labels for images without class folders, or `none`")
+    _flag(packing, "labels", help="list of labels by file name; `none`; or `folders`: each folder is a class")
     _flag(packing, "classes", type=Path, help="JSON list of classes in label order, such as another classes.json")
-    _flag(packing, "split", help="split of a folder of parquet files")
+    _flag(packing, "split", help="folder or set of files to take, such as train, where there are several")
+    _flag(packing, "ignore", nargs="+", default=(), help="names or patterns of files and folders to pass over")
     _flag(packing, "image-column", default="image", help="of parquet files (%(default)s)")
-    _flag(packing, "label-column", default="label", help="of parquet files (%(default)s)")
+    _flag(packing, "label-column", help="of parquet files, tables and samples (label)")
     _flag(packing, "keep-warned", action="store_true", help="pack JPEGs whose picture the decoder warns of, re-encoded")
     _flag(packing, "skip-unreadable", action="store_true", help="quarantine files that cannot be read")
 
@@ -74,7 +75,7 @@ def _flag(parser: argparse.ArgumentParser, name: str, **settings: object) -> Non
 
 def _pack(options: argparse.Namespace) -> int:
     classes = load_classes(options.classes) if options.classes else None
-    columns = (options.image_column, options.label_column)
+    columns = (options.image_column, options.label_column, tuple(options.ignore))
     pack(
         options.source,
         options.output,

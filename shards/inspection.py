@@ -48,7 +48,7 @@ def describe_folder(folder: ShardFolder) -> str:
             f"{folder.path}: {manifest.num_rows} rows, {manifest.num_classes} classes, "
             f"{len(manifest.shards)} shards of {manifest.rows_per_shard}, seed {manifest.seed}",
             f"source: {manifest.source['kind']}, {manifest.source['images']} images",
-            "images: " + ", ".join(f"{name} {count}" for name, count in manifest.counts.items()),
+            f"images: {manifest.counts_text()}",
             f"JPEG: {_spread(index.size / 1000, 'kB')}",
             f"height: {_spread(index.height, 'px')}; width: {_spread(index.width, 'px')}",
             f"fingerprint: {manifest.fingerprint()}",

@@ -5,13 +5,14 @@ It lies in files that are mapped, not in memory, so that a packer's memory does 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -46,9 +47,9 @@ class Listing:
 
     def __init__(self, folder: Path) -> None:
         """Open the listing in `folder`."""
-        self._rows = np.memmap(folder / _ROWS_FILE, _ROW, "r")
-        self._names = np.memmap(folder / _NAMES_FILE, np.uint8, "r")
-        self.order: npt.NDArray[np.int64] = np.load(folder / _ORDER_FILE, mmap_mode="r")
+        self._rows = _mapped(folder / _ROWS_FILE, _ROW)
+        self._names = _mapped(folder / _NAMES_FILE, np.uint8)
+        self.order: npt.NDArray[np.int64] = _mapped(folder / _ORDER_FILE)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -57,6 +58,12 @@ class Listing:
     def total_bytes(self) -> int:
         """Bytes of all images as they lie in the source."""
         return int(self._rows["size"].sum())
+
+    @property
+    def labels(self) -> npt.NDArray[np.int32]:
+        """Label of each image, in the order of listing."""
+        labels: npt.NDArray[np.int32] = self._rows["label"]
+        return labels
 
     def item(self, position: int) -> SourceItem:
         """Return the image at a position of the listing; a name met twice carries `#2`, `#3`, ..."""
@@ -73,12 +80,12 @@ class Listing:
         key, changed = plain_key(name)
         return key, changed or bool(row["duplicate"])
 
-    def content_hash(self) -> str:
-        """Return a sha256 over ids, labels and sizes in row order: equal for equal data, wherever it lies."""
+    def content_hash(self, *columns: str) -> str:
+        """Return a sha256 over columns in row order; by default ids, labels, sizes: equal for equal data anywhere."""
         digest = hashlib.sha256()
         for block in np.array_split(self.order, max(1, len(self) // 65536)):
             rows = self._rows[block]
-            for column in ("uid", "label", "size"):
+            for column in columns or ("uid", "label", "size"):
                 digest.update(rows[column].tobytes())
         return digest.hexdigest()
 
@@ -95,6 +102,25 @@ class Listing:
                 return f"{min(now.name, before.name)} was added or removed"
             return f"{now.name}: size {before.size} then, {now.size} now; mtime or place may differ too"
         return None if len(self) == len(other) else f"{len(other)} images then, {len(self)} now"
+
+
+def describe_plan(listing: Listing, class_names: Sequence[str]) -> list[str]:
+    """Return the lines that say what is about to be packed: images, classes and the size of the outermost."""
+    if not class_names:
+        return [f"Plan: {len(listing)} images without labels."]
+    labels = listing.labels
+    counts = np.bincount(labels[labels >= 0], minlength=len(class_names))
+    of_classes = [f"{class_names[label]} ({counts[label]})" for label in sorted({0, len(counts) - 1})]
+    unknown, empty = (
+        len(listing) - int(counts.sum()),
+        [class_names[label] for label in np.flatnonzero(counts == 0).tolist()],
+    )
+    lines = [f"Plan: {len(listing)} images of {len(class_names)} classes, {' to '.join(of_classes)}."]
+    if unknown:
+        lines.append(f"Without a label: {unknown} images.")
+    if empty:
+        lines.append(f"Without an image: {len(empty)} classes, {', '.join(empty[:5])}{', ...' if empty[5:] else ''}.")
+    return lines
 
 
 def write_listing(folder: Path, items: Iterable[SourceItem], seed: int, where: str) -> Listing:
@@ -119,13 +145,27 @@ def write_listing(folder: Path, items: Iterable[SourceItem], seed: int, where: s
             rows_file.write(_PACKED_ROW.pack(*place, *hashes, 0, 0))
     if name_end == 0:
         raise UserError(f"{where}: 0 images found. Check the path and what lies there.")
-    rows = np.memmap(folder / _ROWS_FILE, _ROW, "r+")
-    _number_duplicates(rows, np.memmap(folder / _NAMES_FILE, np.uint8, "r"))
+    rows = _mapped(folder / _ROWS_FILE, _ROW, "r+")
+    _number_duplicates(rows, _mapped(folder / _NAMES_FILE, np.uint8))
+    if isinstance(rows, np.memmap):
+        rows.flush()
+    else:
+        rows.tofile(folder / _ROWS_FILE)
     np.save(folder / _ORDER_FILE, np.lexsort((rows["uid"], rows["order_key"])).astype(np.int64))
     return Listing(folder)
 
 
-def _number_duplicates(rows: np.memmap[Any, Any], names: npt.NDArray[np.uint8]) -> None:
+def _mapped(path: Path, dtype: npt.DTypeLike | None = None, mode: Literal["r", "r+"] = "r") -> npt.NDArray[Any]:
+    """Map a file of numbers, or read it where its file system maps none; an .npy without a dtype."""
+    try:
+        return np.load(path, mmap_mode=mode) if dtype is None else np.memmap(path, dtype, mode)
+    except OSError as error:
+        if error.errno not in (errno.ENODEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
+            raise
+        return np.load(path) if dtype is None else np.fromfile(path, dtype)
+
+
+def _number_duplicates(rows: npt.NDArray[Any], names: npt.NDArray[np.uint8]) -> None:
     """Give each repeated name a number and a new id, and mark the plain keys that several names share."""
     seen: dict[int, int] = {}
     for position in _repeated(rows["uid"]).tolist():
@@ -136,7 +176,6 @@ def _number_duplicates(rows: np.memmap[Any, Any], names: npt.NDArray[np.uint8]) 
             rows["duplicate"][position] = seen[uid]
             rows["uid"][position] = name_uid(_distinct_name(name, seen[uid]))
     rows["suffix"][_repeated(rows["key_hash"])] = 1
-    rows.flush()
 
 
 def _repeated(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:

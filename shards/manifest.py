@@ -23,6 +23,7 @@ from common.files import canonical_json, file_sha256, json_sha256
 FORMAT_VERSION = 1
 MANIFEST_NAME, INDEX_NAME = "manifest.json", "index.npz"
 CLASSES_NAME, QUARANTINE_NAME = "classes.json", "quarantine.jsonl"
+SOURCE_NAME = "source.json"  # what the folder was packed from, with times: not in the manifest, nor the fingerprint
 WORK_FOLDER = ".packing"
 
 UNKNOWN_LABEL = -1
@@ -91,6 +92,14 @@ class Manifest:
     def num_classes(self) -> int:
         """Number of classes; 0 where images have no labels."""
         return len(self.class_names)
+
+    def counts_text(self) -> str:
+        """Return what became of the images, as a sentence has it."""
+        words = {"verbatim": "kept byte for byte", "quarantined for a warning": "of these for a warning"}
+        return ", ".join(
+            f"{count} {words.get(name, name.replace('re-encoded: ', 're-encoded from '))}"
+            for name, count in self.counts.items()
+        )
 
     def fingerprint(self) -> str:
         """Return the sha256, in hex, of the canonical manifest: equal iff all files are equal to the byte."""

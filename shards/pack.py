@@ -14,14 +14,24 @@ from typing import Any
 from tqdm import tqdm
 
 from common.errors import UserError
-from common.files import canonical_json, explain_disk_errors, file_sha256, remove_temporaries, sync_folder, write_atomic
-from shards.listing import Listing, write_listing
+from common.files import (
+    canonical_json,
+    explain_disk_errors,
+    file_sha256,
+    json_sha256,
+    remove_temporaries,
+    size_text,
+    sync_folder,
+    write_atomic,
+)
+from shards.listing import Listing, describe_plan, write_listing
 from shards.manifest import (
     CLASSES_NAME,
     FORMAT_VERSION,
     INDEX_NAME,
     MANIFEST_NAME,
     QUARANTINE_NAME,
+    SOURCE_NAME,
     WORK_FOLDER,
     FileEntry,
     Manifest,
@@ -32,7 +42,8 @@ from shards.manifest import (
 from shards.sanitize import policy_fields
 from shards.shard_writer import WARNED_COUNT, ShardJob, ShardSettings, finish_shard, merged_columns, read_record
 from shards.sources import SourceOptions, recognise
-from shards.sources.base import Source
+from shards.sources.base import Source, confirmed_files, describe_files, is_system_folder
+from shards.sources.folders import describe_ignored
 from shards.workers import only_packer, run_jobs
 
 ROWS_PER_SHARD = 2048
@@ -94,8 +105,14 @@ def pack(
         with only_packer(output / WORK_FOLDER):
             began = time.monotonic()
             settings = ShardSettings(found.class_names, rows_per_shard, keep_warned, skip_unreadable)
-            manifest = _Run(source, output, found, settings, seed, progress).continue_to_end(workers)
-    if progress:
+            run = _Run(source, output, found, options, settings, seed, progress)
+            finished = (output / MANIFEST_NAME).exists()
+            manifest = run.continue_to_end(workers)
+    if progress and finished:
+        print(
+            f"{output}: already finished, nothing to do ({manifest.num_rows} images in {len(manifest.shards)} shards)."
+        )
+    elif progress:
         print(summary(manifest, output, time.monotonic() - began))
     return manifest
 
@@ -109,8 +126,8 @@ def _check_places(source: Path, output: Path) -> None:
     if inside.is_dir() and inside in (output.resolve(), *output.resolve().parents):
         raise UserError(f"{output}: lies inside the source {source}. Choose a folder outside it.")
     ours = (output / MANIFEST_NAME).exists() or (output / WORK_FOLDER).is_dir()
-    if output.is_dir() and not ours and any(output.iterdir()):
-        strange = sorted(path.name for path in output.iterdir())
+    strange = sorted(path.name for path in output.iterdir()) if output.is_dir() and not ours else []
+    if strange := [name for name in strange if not is_system_folder(name)]:
         raise UserError(
             f"{output}: holds other files ({', '.join(strange[:3])}, {len(strange)} in all) and no shards. "
             "Choose an empty or a new folder."
@@ -124,6 +141,7 @@ class _Run:
     source_path: Path
     output: Path
     source: Source
+    options: SourceOptions
     settings: ShardSettings
     seed: int
     progress: bool
@@ -162,7 +180,8 @@ class _Run:
         folder, request_path = self.work / _LISTING_FOLDER, self.work / _REQUEST_FILE
         listing, request = self._write_listing(), self._request()
         if request_path.exists():
-            if other := _difference(json.loads(request_path.read_bytes()), request):
+            before = json.loads(request_path.read_bytes())
+            if other := _difference(before, {name: value for name, value in request.items() if name in before}):
                 raise UserError(
                     f"{self.output}: packing was begun with {other[0]} = {other[1]}, now it is {other[2]}. "
                     "Give the same arguments, or delete the folder to begin anew."
@@ -183,9 +202,10 @@ class _Run:
     def _write_listing(self) -> Listing:
         items = tqdm(self.source.items(), desc="listing", unit=" images", disable=not self.progress, mininterval=0.5)
         listing = write_listing(self.work / _NEW_LISTING_FOLDER, items, self.seed, str(self.source_path))
-        if self.progress and self.source.ignored:
-            passed_over = ", ".join(f"{reason} ({count})" for reason, count in self.source.ignored.items())
-            print(f"Passed over: {passed_over}")
+        if self.progress:
+            print("\n".join([*self.source.notes, *describe_plan(listing, self.source.class_names)]))
+            if self.source.ignored:
+                print(describe_ignored(self.source.ignored).strip())
         return listing
 
     def _request(self) -> dict[str, Any]:
@@ -194,7 +214,19 @@ class _Run:
             "rows_per_shard": self.settings.rows_per_shard,
             "class_names": list(self.settings.class_names),
             **policy_fields(keep_warned=self.settings.keep_warned),
+            "kind of source": self.source.kind,
+            **self._asked(),
         }
+
+    def _asked(self) -> dict[str, Any]:
+        """Return the options of the source; a list of labels by its content, since its path says little."""
+        labels = self.options.labels
+        if labels is not None and Path(labels).is_file():
+            labels = f"sha256 {file_sha256(Path(labels))}"
+        names = ("split", "image_column", "label_column")
+        options = {name: getattr(self.options, name) for name in names}
+        classes = json_sha256(list(self.options.classes)) if self.options.classes else None
+        return {"labels": labels, "ignore": list(self.options.ignore), "classes": classes, **options}
 
     def _check_published(self) -> Manifest:
         """Check that the finished folder is what this call would make, as far as its manifest tells."""
@@ -204,13 +236,22 @@ class _Run:
             "rows_per_shard": manifest.rows_per_shard,
             "class_names": list(manifest.class_names),
             "content": manifest.source["content_sha256"],
+            "kind of source": manifest.source["kind"],
             **manifest.policy,
         }
         wanted = self._request()
         if self.source.stage is None:
-            wanted["content"] = self._write_listing().content_hash()
-        else:  # staging again would cost as much as packing: the settings must do
+            listing = self._write_listing()
+            wanted |= {"content": listing.content_hash(), "times of files": listing.content_hash("mtime_ns")}
+        else:  # staging again would cost as much as packing
             del wanted["class_names"]
+        recorded = _recorded(self.output)
+        if recorded is not None:
+            held |= recorded["asked"] | {"times of files": recorded["times_sha256"]}
+            wanted["files"] = describe_files(self.source.containers)
+            held["files"] = confirmed_files(recorded["files"], wanted["files"], self.source.containers)
+        else:  # packed by an earlier version, or copied without it
+            wanted = {name: value for name, value in wanted.items() if name in held}
         if other := _difference(held, wanted):
             shutil.rmtree(self.work)
             raise UserError(
@@ -225,7 +266,7 @@ class _Run:
         free = shutil.disk_usage(self.output).free
         if free + there < needed:
             raise UserError(
-                f"{self.output}: about {needed / 1e9:.2f} GB are needed, {(free + there) / 1e9:.2f} GB are free "
+                f"{self.output}: about {size_text(needed)} are needed, {size_text(free + there)} are free "
                 "there. Make room, or choose a folder on a larger disk."
             )
 
@@ -271,6 +312,12 @@ class _Run:
         counts: Counter[str] = Counter(quarantined=len(quarantined))
         for record in records:
             counts.update(record.counts)
+        described = {
+            "asked": self._asked(),
+            "files": describe_files(self.source.origins or self.source.containers),
+            "times_sha256": listing.content_hash("mtime_ns"),
+        }
+        write_atomic(self.output / SOURCE_NAME, canonical_json(described))
         manifest = Manifest(
             format_version=FORMAT_VERSION,
             rows_per_shard=self.settings.rows_per_shard,
@@ -293,6 +340,15 @@ class _Run:
         return manifest
 
 
+def _recorded(output: Path) -> dict[str, Any] | None:
+    """Return what is recorded of the source of a finished folder; None where nothing is."""
+    try:
+        record: dict[str, Any] = json.loads((output / SOURCE_NAME).read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+    return record if isinstance(record, dict) and {"asked", "files", "times_sha256"} <= record.keys() else None
+
+
 def _difference(before: dict[str, Any], now: dict[str, Any]) -> tuple[str, str, str] | None:
     """Return the name of the first value that is not the one before, with both in short; None where all are."""
     for name, value in now.items():
@@ -309,14 +365,12 @@ def _short(value: object) -> str:
 def summary(manifest: Manifest, output: Path, seconds: float) -> str:
     """Return the closing lines of a packing: what was packed, changed and left out."""
     total = sum(shard.bytes for shard in manifest.shards)
-    counts = dict(manifest.counts)
-    quarantined, warned = counts.pop("quarantined"), counts.pop(WARNED_COUNT, 0)
-    details = ", ".join(f"{name} {count}" for name, count in counts.items())
+    warned = manifest.counts.get(WARNED_COUNT, 0)
     lines = [
         f"{output}: {manifest.num_rows} images of {manifest.num_classes} classes in {len(manifest.shards)} "
-        f"shards, {total / 1e9:.2f} GB, in {seconds:.0f} s ({details}; quarantined {quarantined})"
+        f"shards, {size_text(total)}, in {seconds:.0f} s ({manifest.counts_text()})"
     ]
-    if quarantined:
+    if manifest.counts["quarantined"]:
         lines.append(f"Left out, with reasons: {output / QUARANTINE_NAME}")
     if warned:
         lines.append(

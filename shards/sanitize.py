@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import re
 import struct
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import PIL
 import simplejpeg
-from PIL import Image, ImageChops, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageChops, UnidentifiedImageError
+from PIL.PngImagePlugin import PngImageFile
 
 from shards.manifest import RowFlag
 
@@ -34,13 +37,15 @@ _OTHER_PROCESSES = {
 _STANDALONE = {0x00, 0x01, *range(0xD0, 0xD8)}  # markers without a length
 _FRAMES = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # DHT, JPG, DAC lie in their range
 _SOS, _APP0, _APP1, _APP14 = 0xDA, 0xE0, 0xE1, 0xEE
-_ORIENTATION_TAG, _SHORT = 0x0112, 3
+_ORIENTATION_TAG = 0x0112
+_PNG_START, _PNG_OF_PIXELS = b"\x89PNG\r\n\x1a\n", {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"}
 
 _UNNAMED_SAMPLING = "Could not determine subsampling level"  # turbojpeg's words
 
 # Formats that Pillow may open. Others that it knows start programs (EPS) or are no photographs.
 _OTHER_FORMATS = ("PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 _SCALE_FACTORS = (1, 2, 4, 8)  # tried in this order: the first that brings an image inside the limits
+_MAX_WHOLE_PIXELS = 8 * MAX_PIXELS  # of formats that are decoded at full size before they are scaled: 1.6 GB as RGB
 
 
 class ImageRejected(ValueError):
@@ -65,7 +70,7 @@ class StoredImage:
 def policy_fields(*, keep_warned: bool) -> dict[str, Any]:
     """Return what decides the stored bytes, for the manifest: the limits, the quality, the versions."""
     return {
-        "version": 3,
+        "version": 4,
         "max_side": MAX_SIDE,
         "max_pixels": MAX_PIXELS,
         "max_file_bytes": MAX_FILE_BYTES,
@@ -99,7 +104,13 @@ def sanitise(data: bytes, *, keep_warned: bool = False) -> StoredImage:
     try:
         _strict_decode(data, header)
     except ValueError as error:
-        return _reencode_by_pillow(data, header, factor, str(error), keep_warned)
+        mended = _mend_headers(data, header)
+        if mended == data:
+            return _reencode_by_pillow(data, header, factor, str(error), keep_warned)
+        stored = sanitise(mended, keep_warned=keep_warned)
+        if stored.origin:
+            return stored
+        return _encode(_decode_to_rgb(mended, header, factor), "JPEG with wrong header fields")
     origin = _reason_to_reencode(header, factor)
     flags = RowFlag(0)
     if origin:
@@ -209,33 +220,86 @@ def _orient(pixels: npt.NDArray[np.uint8], orientation: int) -> npt.NDArray[np.u
     return pixels
 
 
-def _decode_other(data: bytes) -> tuple[npt.NDArray[np.uint8], str]:
-    """Decode the first frame of an image that is no JPEG; return RGB [h, w, 3] and the format's name."""
+def _decode_other(data: bytes) -> tuple[npt.NDArray[np.uint8], str, RowFlag]:
+    """Decode the first frame of an image that is no JPEG; return RGB [h, w, 3], the format's name and flags."""
     try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            with Image.open(io.BytesIO(data), formats=_OTHER_FORMATS) as image:
-                if _scale_factor(image.height, image.width) != 1:
-                    raise ImageRejected(f"too large: {image.width}x{image.height} {image.format}")
-                origin = str(image.format)
-                image.load()
-                pixels = np.asarray(_to_rgb(ImageOps.exif_transpose(image)))
+        return _decode_by_format(data)
+    except ImageRejected as rejection:
+        # Damage to what a PNG says beside its picture is none to the picture.
+        pixels_alone = _png_of_pixels(data)
+        if pixels_alone != data:
+            with suppress(ImageRejected):
+                return _decode_by_format(pixels_alone)
+        raise rejection
+
+
+def _decode_by_format(data: bytes) -> tuple[npt.NDArray[np.uint8], str, RowFlag]:
+    origin = "PNG" if data.startswith(_PNG_START) else ""
+    try:
+        with _open(data, _OTHER_FORMATS) as image:
+            origin = str(image.format)
+            factor = _scale_factor(image.height, image.width)
+            if image.width * image.height > _MAX_WHOLE_PIXELS:
+                raise ImageRejected(f"too large: {image.width}x{image.height} {origin}, only decodable at full size")
+            image.load()
+            early = factor != 1 and image.mode in ("L", "LA", "RGB", "RGBA", "CMYK")  # the rest only as RGB
+            rgb = _to_rgb(image.reduce(factor) if early else image)
+            pixels = _orient(np.asarray(rgb if early or factor == 1 else rgb.reduce(factor)), _orientation(image))
     except ImageRejected:
         raise
     except UnidentifiedImageError as error:
+        if data[4:8] == b"ftyp":
+            raise ImageRejected("HEIC or another film format, which is not read: convert it to JPEG") from error
         raise ImageRejected(f"no image: begins with {data[:16]!r}") from error
-    except Image.DecompressionBombError as error:
-        raise ImageRejected(f"too large: {error}") from error
     except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise ImageRejected(f"damaged: {error}") from error
-    if caught:
-        raise ImageRejected(f"damaged {origin}: {caught[0].message}")
-    return pixels, origin
+        raise ImageRejected(f"damaged {origin}: {error}" if origin else f"damaged: {error}") from error
+    if factor != 1:
+        return pixels, f"{origin} over the size limit", RowFlag.DOWNSCALED
+    return pixels, origin, RowFlag(0)
+
+
+@contextmanager
+def _open(data: bytes, formats: tuple[str, ...]) -> Iterator[Image.Image]:
+    """Open an image of any size, in silence: what Pillow only warns of are metadata, such as a tag of a wrong type."""
+    limit = Image.MAX_IMAGE_PIXELS
+    # Image.open would not tell what is wrong with a chunk.
+    png, file = data.startswith(_PNG_START), io.BytesIO(data)
+    try:
+        Image.MAX_IMAGE_PIXELS = None  # our own limits hold
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with PngImageFile(file) if png else Image.open(file, formats=formats) as image:
+                yield image
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
+def _orientation(image: Image.Image) -> int:
+    """Return the orientation by which Pillow turns an opened image, 1..8; 1 where it cannot read it."""
+    try:
+        found = image.getexif().get(_ORIENTATION_TAG, 1)
+    except Exception:  # metadata may be anything, and so is what Pillow raises at them
+        return 1
+    return next((orientation for orientation in range(2, 9) if orientation == found), 1)
+
+
+def _png_of_pixels(data: bytes) -> bytes:
+    """Return a PNG without the chunks that its pixels do not need; other bytes as they are."""
+    if not data.startswith(_PNG_START):
+        return data
+    parts, position = [_PNG_START], len(_PNG_START)
+    while len(data) >= position + 8:
+        end = position + 12 + int.from_bytes(data[position : position + 4], "big")
+        if data[position + 4 : position + 8] in _PNG_OF_PIXELS:
+            parts.append(data[position:end])
+        position = end
+    return b"".join(parts)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     """Convert any mode to RGB: 16 bits scaled to 8, alpha laid over white."""
-    if image.mode.startswith("I;16"):
+    # Of a PGM, Pillow scales the range that it states to 16 bits.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
         wide = np.asarray(image).astype(np.uint32)
         return Image.fromarray(((wide + 128) // 257).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
@@ -265,7 +329,7 @@ class JpegHeader:
     component_ids: tuple[int, ...]  # one id a colour component
     adobe_transform: int | None  # colour transform of the Adobe marker, None where there is none
     jfif: bool  # whether a JFIF marker is there
-    orientation: int  # of EXIF, 1..8; 1 where there is none or it is not valid
+    orientation: int  # by which Pillow turns it, 1..8; 1 where there is none or it is not valid
 
     @property
     def is_gray(self) -> bool:
@@ -285,7 +349,7 @@ def _parse_header(data: bytes) -> JpegHeader:
     frame: tuple[int, int, int, int, tuple[int, ...]] | None = None
     adobe_transform, jfif, orientation = None, False, 1
     try:
-        for marker, body in _segments(data):
+        for marker, body, _ in _segments(data):
             if marker in _FRAMES:
                 precision, height, width, components = struct.unpack_from(">BHHB", body)
                 if len(body) != 6 + 3 * components:
@@ -295,20 +359,24 @@ def _parse_header(data: bytes) -> JpegHeader:
                 jfif = True
             elif marker == _APP14 and body.startswith(b"Adobe") and len(body) >= 12:
                 adobe_transform = body[11]
-            elif marker == _APP1 and body.startswith(b"Exif\0"):
-                orientation = _exif_orientation(body[6:])
+            elif marker == _APP1:
+                orientation = 0  # EXIF or XMP may tell one
         if frame is None:
             raise ValueError("no frame")
     except (ValueError, struct.error) as error:
         raise ImageRejected("damaged JPEG: its markers are not well formed") from error
+    if orientation == 0:
+        with suppress(OSError, SyntaxError, ValueError), _open(data, ("JPEG",)) as image:
+            orientation = _orientation(image)
+        orientation = orientation or 1  # what is wrong is told where it is decoded
     header = JpegHeader(*frame, adobe_transform, jfif, orientation)
     if header.precision != 8:
         raise ImageRejected(f"{header.precision}-bit JPEG: decoders read 8 bits")
     return header
 
 
-def _segments(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """Yield marker and body of each segment up to the first scan's, as decoders find them: past stray bytes.
+def _segments(data: bytes) -> Iterator[tuple[int, bytes, int]]:
+    """Yield marker, body and where that begins of each segment up to the first scan's: past stray bytes, as decoders.
 
     ValueError where the bytes end, or a segment passes their end, before the first scan.
     """
@@ -325,21 +393,21 @@ def _segments(data: bytes) -> Iterator[tuple[int, bytes]]:
             position += length
             if length < 2 or position > len(data):
                 raise ValueError(f"the segment at byte {start} is cut")
-            yield marker, data[start + 4 : position]
+            yield marker, data[start + 4 : position], start + 4
 
 
-def _exif_orientation(tiff: bytes) -> int:
-    """Read the orientation from the first directory of an EXIF block; 1 where it is absent or not valid."""
-    if tiff[:2] not in (b"II", b"MM"):
-        return 1
-    order = "<" if tiff[:2] == b"II" else ">"
-    try:
-        (directory,) = struct.unpack_from(order + "I", tiff, 4)
-        (entries,) = struct.unpack_from(order + "H", tiff, directory)
-        for place in range(directory + 2, directory + 2 + 12 * entries, 12):
-            tag, kind, count, value = struct.unpack_from(order + "HHIHxx", tiff, place)
-            if tag == _ORIENTATION_TAG:
-                return value if kind == _SHORT and count == 1 and 1 <= value <= 8 else 1
-    except struct.error:  # cut short
-        pass
-    return 1
+def _mend_headers(data: bytes, header: JpegHeader) -> bytes:
+    """Set right the fields that decoders warn of and pass over, since the picture does not hang on them.
+
+    These are JFIF's version, and of a sequential JPEG, as some phones write it, the part of the spectrum in a scan.
+    """
+    mended = bytearray(data)
+    for marker, body, start in _segments(data):
+        if marker == _APP0 and body.startswith(b"JFIF\0"):
+            mended[start + 5 : start + 7] = b"\x01\x01"
+    if header.process != PROGRESSIVE:
+        for scan in re.finditer(rb"\xff\xda\0[\x08\x0a\x0c\x0e]", data):
+            start = scan.end() + 1 + 2 * data[scan.end()]
+            if len(data) >= start + 3 and scan.group()[-1] == 6 + 2 * data[scan.end()]:
+                mended[start : start + 3] = b"\0\x3f\0"
+    return bytes(mended)

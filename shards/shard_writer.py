@@ -109,7 +109,8 @@ def _read_and_sanitise(item: SourceItem, reader: ImageReader, settings: ShardSet
     except SourceUnreadable as unreadable:
         if not settings.skip_unreadable:
             raise
-        raise ImageRejected(f"unreadable: {unreadable.__cause__}") from unreadable
+        cause = unreadable.__cause__  # its words, not its path: the list is of this data set, not of this machine
+        raise ImageRejected(f"unreadable: {cause.strerror if isinstance(cause, OSError) else cause}") from unreadable
     return sanitise(data, keep_warned=settings.keep_warned)
 
 

@@ -16,11 +16,12 @@ import simplejpeg
 from tqdm import tqdm
 
 from common.errors import UserError
-from common.files import file_sha256
+from common.files import file_sha256, size_text
 from shards.manifest import (
     BLOCK,
     INDEX_NAME,
     MANIFEST_NAME,
+    SOURCE_NAME,
     WORK_FOLDER,
     Manifest,
     ShardEntry,
@@ -34,6 +35,7 @@ from shards.manifest import (
     sample_json,
     unique_key,
 )
+from shards.sources.base import is_system_folder
 from shards.workers import check_stop, run_jobs
 
 _LAST_DESCRIPTION = 1 << 16  # bytes that hold any description, where no next sample tells its end
@@ -126,10 +128,10 @@ def _shards(
 def _listed_files(folder: Path, manifest: Manifest) -> Iterator[Fault]:
     """Compare the folder's listing with the manifest, and hash the small files."""
     listed = {entry.name for entry in (*manifest.files, *manifest.shards)}
-    present = {path.name for path in folder.iterdir()}
+    present = {path.name for path in folder.iterdir() if not is_system_folder(path.name)}
     for name in sorted(listed - present):
         yield Fault(name, None, "missing, though the manifest lists it")
-    for name in sorted(present - listed - {MANIFEST_NAME}):
+    for name in sorted(present - listed - {MANIFEST_NAME, SOURCE_NAME}):
         left_over = "left over from packing; run the pack command again to remove it"
         yield Fault(name, None, left_over if name == WORK_FOLDER else "extra: not in the manifest")
     for entry in manifest.files:
@@ -238,7 +240,7 @@ def describe_faults(faults: list[Fault], folder: Path, manifest: Manifest) -> st
     """Return the closing lines of a verification."""
     if not faults:
         total = sum(shard.bytes for shard in manifest.shards)
-        return f"{folder}: {manifest.num_rows} rows in {len(manifest.shards)} shards, {total / 1e9:.2f} GB: whole."
+        return f"{folder}: {manifest.num_rows} rows in {len(manifest.shards)} shards, {size_text(total)}: whole."
     files = {fault.file for fault in faults}
     return (
         f"{folder}: {len(faults)} faults in {len(files)} files. Copy these files again from their source, or "

@@ -258,7 +258,7 @@ def extract_features_of(
     chunks: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in models}
     labels: list[Tensor] = []
     rows: list[Tensor] = []
-    with _in_eval_mode(*(entry.model for entry in models.values())):
+    with in_eval_mode(*(entry.model for entry in models.values())):
         for batch in crops:
             images = batch.crops.to(device, non_blocking=True)
             labels.append(batch.labels.cpu())
@@ -299,14 +299,15 @@ def extract_patch_tokens(
     entry: FeatureModel, crops: UInt8[Tensor, "b h w 3"], *, dtype: torch.dtype = torch.float32
 ) -> Float[Tensor, "b n d"]:
     """Final-norm patch tokens of a few images, fp32 on the CPU, for PCA pictures."""
-    with _in_eval_mode(entry.model):
+    with in_eval_mode(entry.model):
         patches, _ = forward_features(entry, crops, dtype=dtype, layers=1)[-1]
     # Cloned outside inference mode: an inference tensor cannot enter a later computation with gradients.
     return patches.cpu().clone()
 
 
 @contextmanager
-def _in_eval_mode(*models: nn.Module) -> Iterator[None]:
+def in_eval_mode(*models: nn.Module) -> Iterator[None]:
+    """Put models in eval mode, and back afterwards."""
     training = [model.training for model in models]
     try:
         for model in models:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 from distill.config import TrainConfig
-from distill.evaluation.features import Normalise, extract_features
+from distill.evaluation.features import FeatureModel, Normalise, extract_features, forward_features, in_eval_mode
+from distill.teacher import FrozenTeacher, load_teacher
 from pipeline.batch import CropBatch, normalise
 from pipeline.readers import read_center_crops
 from shards.manifest import load_index, load_manifest
@@ -21,6 +23,8 @@ from shards.manifest import load_index, load_manifest
 TEMPERATURE = 0.07
 # Similarities held at once: 2^26 fp32 numbers are 256 MB.
 BLOCK_ELEMENTS = 2**26
+AGREEMENT_ROWS = 4096  # of train, and of val, that are compared with the teacher's during training, at most
+PATCH_IMAGES = 64  # of train, and of val, whose patch tokens are compared with the teacher's
 
 
 def knn_votes(
@@ -153,18 +157,32 @@ def knn_top1(
     return accuracy[k]
 
 
-def check_validation(config: TrainConfig) -> None:
-    """Open the validation data, so that it fails before the training and not at the first k-NN.
+def has_labels(config: TrainConfig) -> bool:
+    """Tell whether training and validation data both have labels, so that accuracies can be measured."""
+    folders = (config.data.data_path, config.data.val_data_path)
+    return all(folder is not None and bool((load_index(folder).label >= 0).any()) for folder in folders)
+
+
+def check_validation(config: TrainConfig, device: torch.device, cached_teacher: Mapping[str, Any] | None) -> None:
+    """Open the validation data, so that it fails before the training and not at the first judgement.
+
+    Args:
+        config: of the run.
+        device: where the student will be judged.
+        cached_teacher: fingerprint of the teacher in the cache; None where it is live.
 
     Raises:
-        UserError: it is no folder of shards, has no labels, or its classes are not those of the training data.
+        UserError: it is no folder of shards, its classes are not those of the training data, or there are no labels,
+            nor the cache's teacher to compare with.
     """
     path = config.data.val_data_path
     if path is None:
         return
     classes, known = load_manifest(path).class_names, load_manifest(config.data.data_path).class_names
-    if not (load_index(path).label >= 0).any():
-        raise UserError(f"--val_data_path {path}: none of its images has a class. Pack labelled ones, or leave it out.")
+    if not has_labels(config):
+        if cached_teacher is not None and config.runtime.knn_every_epochs > 0:
+            _check_teacher(config, device, cached_teacher)
+        return
     if classes != known:
         pairs = enumerate(zip(classes, known, strict=False))
         what = next((f"number {i} is {a!r} there, {b!r} here" for i, (a, b) in pairs if a != b), "one list is longer")
@@ -174,8 +192,26 @@ def check_validation(config: TrainConfig) -> None:
         )
 
 
-def student_knn(student: nn.Module, config: TrainConfig, device: torch.device) -> float:
-    """Return the k-NN top-1 accuracy in percent on `val_data_path`, with at most `knn_max_rows` training rows."""
+def _check_teacher(config: TrainConfig, device: torch.device, cached: Mapping[str, Any]) -> None:
+    try:
+        found = load_teacher(config.teacher, img_size=config.data.global_crops_size, device=device).fingerprint()
+        error = None if found == cached else "it is not the one that the cache was built with."
+    except UserError as raised:
+        error = str(raised)
+    if error:
+        raise UserError(
+            f"--val_data_path {config.data.val_data_path}: without labels the student is judged by its teacher, and "
+            f"{config.teacher.teacher_arch} cannot be that: {error} Give the cache's teacher by --teacher_arch and "
+            "--teacher_pretrained_weights, labelled data, or --knn_every_epochs 0."
+        )
+
+
+def judge_student(student: nn.Module, config: TrainConfig, device: torch.device) -> dict[str, float]:
+    """Judge a student on `val_data_path`, with at most `knn_max_rows` training rows.
+
+    Returns:
+        `knn_top1` in percent where there are labels; else the measures of `agreement_with_teacher` and `patch_cosine`.
+    """
     assert config.data.val_data_path is not None
 
     def crops(shards: str, limit: int | None) -> Iterator[CropBatch]:
@@ -189,8 +225,83 @@ def student_knn(student: nn.Module, config: TrainConfig, device: torch.device) -
             **config.data.reading(),
         )
 
-    bank = crops(config.data.data_path, config.runtime.knn_max_rows)
-    return knn_top1(student, bank, crops(config.data.val_data_path, None), normalise=normalise, device=device)
+    if has_labels(config):
+        bank = crops(config.data.data_path, config.runtime.knn_max_rows)
+        top1 = knn_top1(student, bank, crops(config.data.val_data_path, None), normalise=normalise, device=device)
+        return {"knn_top1": top1}
+    teacher = load_teacher(config.teacher, img_size=config.data.global_crops_size, device=device)
+    entry, limit = FeatureModel(student, normalise), min(AGREEMENT_ROWS, config.runtime.knn_max_rows)
+    train, val = (
+        _tokens_of_both(entry, teacher, crops(path, limit))
+        for path in (config.data.data_path, config.data.val_data_path)
+    )
+    measures = agreement_with_teacher(*train[:2], *val[:2], k=min(10, len(train[0])))
+    return measures | {"patch_cosine": cosine_to_teacher(*train[2:], *val[2:])}
+
+
+def _tokens_of_both(
+    student: FeatureModel, teacher: FrozenTeacher, crops: Iterable[CropBatch]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return cls tokens of student and teacher, and their patch tokens of the first images on one grid; fp32."""
+    cls: list[tuple[Tensor, Tensor]] = []
+    patches: list[tuple[Tensor, Tensor]] = []
+    with in_eval_mode(student.model):
+        for batch in crops:
+            tokens, prefix = forward_features(student, batch.crops, dtype=torch.float32, layers=1)[-1]
+            targets = teacher(batch.crops, 1).on_grid(tokens.shape[1])
+            cls.append((prefix[:, 0].cpu(), targets.cls[:, 0].float().cpu()))
+            if sum(len(seen) for seen, _ in patches) < PATCH_IMAGES * tokens.shape[1]:
+                patches.append((tokens.flatten(0, 1).cpu(), targets.patches[:, 0].float().flatten(0, 1).cpu()))
+    # Cloned outside inference mode, as those of `extract_patch_tokens`.
+    both = [torch.cat(parts).clone() for pairs in (cls, patches) for parts in zip(*pairs, strict=True)]
+    return both[0], both[1], both[2], both[3]
+
+
+def agreement_with_teacher(
+    student_train: Float[Tensor, "n d"],
+    teacher_train: Float[Tensor, "n e"],
+    student_val: Float[Tensor, "m d"],
+    teacher_val: Float[Tensor, "m e"],
+    *,
+    k: int,
+) -> dict[str, float]:
+    """Judge cls tokens without labels.
+
+    Returns:
+        `rankme` of the student's val tokens, `cosine` to the teacher's by a linear map fitted on train, and
+        `neighbours`, the share in percent of the teacher's k nearest train images that the student keeps.
+    """
+    return {
+        "rankme": rankme(student_val),
+        "cosine": cosine_to_teacher(student_train, teacher_train, student_val, teacher_val),
+        "neighbours": neighbours_kept(student_train, teacher_train, student_val, teacher_val, k=k),
+    }
+
+
+def neighbours_kept(
+    student_bank: Float[Tensor, "n d"],
+    teacher_bank: Float[Tensor, "n e"],
+    student_queries: Float[Tensor, "q d"],
+    teacher_queries: Float[Tensor, "q e"],
+    *,
+    k: int,
+    block_elements: int = BLOCK_ELEMENTS,
+) -> float:
+    """Share in percent of each query's k nearest bank rows by the teacher that are among its k nearest by the student.
+
+    Nearest by cosine similarity. Rows of bank and queries are those of the same images for both; of random features
+    about 100 * k / n is kept.
+    """
+    kept = 0
+    rows_at_once = max(1, block_elements // len(student_bank))
+    banks = [F.normalize(bank.float(), dim=1) for bank in (student_bank, teacher_bank)]
+    for queries in zip(student_queries.split(rows_at_once), teacher_queries.split(rows_at_once), strict=True):
+        near = [
+            (F.normalize(block.float(), dim=1) @ bank.T).topk(k, dim=1).indices
+            for block, bank in zip(queries, banks, strict=True)
+        ]
+        kept += int((near[0][:, :, None] == near[1][:, None, :]).sum())
+    return 100 * kept / (k * len(student_queries))
 
 
 RANKME_MAX_ROWS = 25_600

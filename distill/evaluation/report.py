@@ -66,14 +66,15 @@ class ModelReport:
         probed: as it was asked for.
         detail: which weights.
         num_parameters: of the backbone.
-        knn: top-1 by k.
-        linear: one result a feature set.
-        best: the feature set that the held-out part chose.
+        knn: top-1 by k; empty without labels.
+        linear: one result a feature set; none without labels.
+        best: the feature set that the held-out part chose; None without labels.
         left_out: feature sets that the model has too few blocks for.
         rankme: effective rank of the val cls tokens.
         embed_dim: their width, the greatest effective rank possible.
         cosine: to the teacher's cls tokens after a linear map; None without a teacher, and for the teacher.
         patch_cosine: the same of patch tokens; None also where the grids differ.
+        neighbours: share in percent of the teacher's nearest train images of a val image that it keeps, of the first k.
         segmentation: mean IoU in percent by protocol, `linear` and `knn`; None without masks.
     """
 
@@ -83,13 +84,14 @@ class ModelReport:
     num_parameters: int
     knn: Mapping[int, float]
     linear: Sequence[LinearResult]
-    best: LinearResult
+    best: LinearResult | None
     left_out: Sequence[str]
     rankme: float
     embed_dim: int
     cosine: float | None
     patch_cosine: float | None = None
     segmentation: Mapping[str, float] | None = None
+    neighbours: float | None = None
 
 
 @dataclass(frozen=True)
@@ -111,12 +113,14 @@ class ProbeReport:
     def gaps(self) -> dict[str, float | None]:
         """Share of the way from random to teacher that the student went, in percent, by measure.
 
-        Empty where one of the three is not in the report.
+        Empty where one of the three is not in the report, or without labels.
         """
         models = {model.name: model for model in self.models}
         if not {"student", "random", "teacher"} <= models.keys():
             return {}
         student, random, teacher = models["student"], models["random"], models["teacher"]
+        if student.best is None or random.best is None or teacher.best is None:
+            return {}
         gaps = {f"knn_{k}": gap_closed(student.knn[k], random.knn[k], teacher.knn[k]) for k in self.protocol.knn_k}
         gaps["linear"] = gap_closed(student.best.top1, random.best.top1, teacher.best.top1)
         return gaps
@@ -144,8 +148,9 @@ def write_probe_json(report: ProbeReport, path: Path) -> None:
 
 def results_table(report: ProbeReport) -> str:
     """The report as a text table: a row a model, the gap closed, and what a reader must know beside it."""
-    ks = report.protocol.knn_k
-    header = ["model", "parameters", *(f"k-NN@{k}" for k in ks), "linear", "features", "RankMe", "cosine", "patches"]
+    ks = report.protocol.knn_k if any(model.knn for model in report.models) else ()
+    header = ["model", "parameters", *(f"k-NN@{k}" for k in ks), *(("linear", "features") if ks else ())]
+    header += ["RankMe", "cosine", "patches", "neighbours"]
     segmented = any(model.segmentation for model in report.models)
     header += ["mIoU", "mIoU k-NN"] if segmented else []
     rows = [
@@ -153,10 +158,10 @@ def results_table(report: ProbeReport) -> str:
             model.name,
             _count(model.num_parameters),
             *(f"{model.knn[k]:.2f}" for k in ks),
-            f"{model.best.top1:.2f}",
-            model.best.features,
+            *((f"{model.best.top1:.2f}", model.best.features) if model.best else ()),
             f"{model.rankme:.1f}/{model.embed_dim}",
             *("" if cosine is None else f"{cosine:.3f}" for cosine in (model.cosine, model.patch_cosine)),
+            "" if model.neighbours is None else f"{model.neighbours:.1f}",
             *(f"{(model.segmentation or {}).get(name, math.nan):.2f}" for name in ("linear", "knn") if segmented),
         ]
         for model in report.models

@@ -5,15 +5,23 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from common.errors import UserError
-from shards.sources.labels import Classes
+from common.files import file_sha256
+from shards.sources.labels import Classes, LabelList, is_image_name
 
-IMAGE_SUFFIXES = set(".jpg .jpeg .jpe .jfif .png .gif .webp .bmp .tif .tiff .ppm .pgm .avif .jp2".split())
-SPLIT_NAMES = {"train", "val", "valid", "validation", "test"}
+# Folders that systems and viewers lay among images: nobody's class.
+_SYSTEM_MARKS = ("@", "#", "$", "~", "__")
+_SYSTEM_FOLDERS = {"lost+found", "system volume information", "thumbnails", "thumbs"}
+
+
+def is_system_folder(name: str) -> bool:
+    """Tell whether a folder is one that systems and viewers make by themselves."""
+    return name.startswith((*_SYSTEM_MARKS, ".Trash", ".snapshot")) or name.lower() in _SYSTEM_FOLDERS
 
 
 class SourceItem(NamedTuple):
@@ -35,6 +43,7 @@ class Container:
     path: str
     size: int = 0
     mtime_ns: int = 0
+    sha256: str = ""  # where it is known
 
     @property
     def is_folder(self) -> bool:
@@ -49,28 +58,49 @@ class Source:
     kind: str  # what it was taken for, in words
     class_names: tuple[str, ...]  # in label order; empty for unlabelled images
     containers: tuple[Container, ...]  # where the bytes lie
-    files: Callable[[], Iterator[SourceItem]]  # starts to stream all that lies there
-    # Name and label of an image by its name among the files, None where it has none. Without it, files are images,
-    # named and labelled.
-    name_and_label: Callable[[str], tuple[str, int] | None] | None = None
+    # Starts to stream the images that lie there, and counts by reason the files and folders that it passes over.
+    files: Callable[[Counter[str]], Iterator[SourceItem]]
     # For a source whose images cannot be read one by one: writes them into a folder, with a bar if asked, and returns
     # the source that can.
     stage: Callable[[Path, bool], Source] | None = None
-    ignored: Counter[str] = field(default_factory=Counter)  # files passed over, by reason; filled while `items()` runs
+    origins: tuple[Container, ...] = ()  # of a source that was staged: the files that it was staged from
+    notes: tuple[str, ...] = ()  # what else was seen that the user should know before packing
+    ignored: Counter[str] = field(default_factory=Counter)  # what was passed over, by reason; filled by `items()`
 
     def items(self) -> Iterator[SourceItem]:
         """Start a new listing of the images."""
         self.ignored.clear()
-        for item in self.files():
-            base = item.name.rpartition("/")[2]
-            if self.name_and_label is None:
-                yield item
-            elif not is_image_name(base):
-                self.ignored["hidden files" if base.startswith(".") else f"*{Path(base).suffix or base}"] += 1
-            elif found := self.name_and_label(item.name):
-                yield item._replace(name=found[0], label=found[1])
-            else:
-                self.ignored["images beside the class folders"] += 1
+        return self.files(self.ignored)
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """What the user tells about a source that it does not tell itself."""
+
+    # Path of a list of labels; "none" packs without labels; "folders" takes each folder for a class, whatever its
+    # name. None goes by what lies there, and looks for a list beside validation images of ImageNet.
+    labels: str | None = None
+    classes: Classes = None  # in label order; None takes those that are found, sorted
+    split: str | None = None  # of a source that holds several
+    image_column: str = "image"  # of parquet files
+    label_column: str | None = None  # of parquet files, label lists and samples; None takes `label` where it is there
+    ignore: tuple[str, ...] = ()  # patterns of files and folders to pass over, by name, as a shell has them
+
+    def passes_over(self, name: str, *, is_folder: bool = False) -> str:
+        """Return why a file or folder of that name is not packed; empty where it is."""
+        if any(fnmatchcase(name, pattern) for pattern in self.ignore):
+            return f"{name}/" if is_folder else "files by --ignore"
+        if name.startswith("."):
+            return "hidden folders" if is_folder else "hidden files"
+        if is_folder:
+            return f"{name}/" if is_system_folder(name) and self.labels != "folders" else ""
+        return "" if is_image_name(name) else f"*{Path(name).suffix or name}"
+
+    def passes_over_path(self, name: str) -> str:
+        """Return why a file is not packed, by its relative name."""
+        *folders, base = name.split("/")
+        of_folders = filter(None, (self.passes_over(folder, is_folder=True) for folder in folders))
+        return next(of_folders, "") or self.passes_over(base)
 
 
 def file_container(path: Path) -> Container:
@@ -81,22 +111,41 @@ def file_container(path: Path) -> Container:
     return Container(str(path.resolve()), status.st_size, status.st_mtime_ns)
 
 
-def is_image_name(name: str) -> bool:
-    """Tell whether a file name has an image's suffix and is not hidden."""
-    base = name.rpartition("/")[2]
-    stem, dot, suffix = base.rpartition(".")
-    # macOS lays `._a.jpg` beside `a.jpg`.
-    return stem != "" and not base.startswith(".") and dot + suffix.lower() in IMAGE_SUFFIXES
+def describe_files(containers: Sequence[Container]) -> list[dict[str, Any]]:
+    """Return name, size, time and hash of the files that hold images; no path, which another machine lacks."""
+    return [
+        {"name": Path(file.path).name, "bytes": file.size, "mtime_ns": file.mtime_ns, "sha256": file.sha256}
+        for file in containers
+        if not file.is_folder
+    ]
 
 
-def by_folder(label_of: dict[str, int]) -> Callable[[str], tuple[str, int] | None]:
-    """Name and label images by the first folder of their names."""
+def confirmed_files(
+    before: list[dict[str, Any]], now: list[dict[str, Any]], containers: Sequence[Container]
+) -> list[dict[str, Any]]:
+    """Return `now` where it stands for the same files as `before`, by time or else by hash; else `before`."""
+    if len(before) != len(now):
+        return before
+    files = (file for file in containers if not file.is_folder)
+    for old, new, file in zip(before, now, files, strict=True):
+        same = all(old[field] == new[field] for field in ("name", "bytes", "mtime_ns"))
+        if not same and not (old["sha256"] and old["sha256"] == file_sha256(Path(file.path))):
+            return before
+    return now
 
-    def name_and_label(name: str) -> tuple[str, int] | None:
-        folder, slash, _ = name.partition("/")
-        return (name, label_of[folder]) if slash else None
 
-    return name_and_label
+def relabelled(source: Source, labels: LabelList, where: Path) -> Source:
+    """Return a source whose images are named and labelled by a list, whatever labels they had."""
+
+    def files(ignored: Counter[str]) -> Iterator[SourceItem]:
+        for item in source.files(ignored):
+            name, label = labels.name_and_label(item.name, where)
+            yield item._replace(name=name, label=label)
+
+    stage = source.stage
+    staged = (lambda folder, progress: relabelled(stage(folder, progress), labels, where)) if stage else None
+    kind = f"{source.kind}, {labels}"
+    return replace(source, kind=kind, class_names=labels.class_names, files=files, stage=staged)
 
 
 def class_labels(found: Collection[str], classes: Classes, where: Path | str) -> dict[str, int]:

@@ -46,7 +46,7 @@ def test_a_lock_file_removed_by_its_holder_is_not_held(tmp_path: Path, holder: s
             assert not twice
 
 
-@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOTTY])
 def test_a_file_system_without_locks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     def no_flock(descriptor: int, operation: int) -> None:
         raise OSError(number, "not here")

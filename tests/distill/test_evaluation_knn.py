@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import UserError
-from distill.evaluation.measures import knn_accuracy, knn_predict, knn_top1
+from distill.evaluation.measures import knn_accuracy, knn_predict, knn_top1, neighbours_kept
 from distill.models import create_backbone
 from pipeline.batch import normalise
 
@@ -110,6 +110,23 @@ def test_a_model_in_training_is_scored_and_put_back() -> None:
     # Nothing made without gradients may have stayed in the model.
     model(normalise(coloured(4, 3)[0].crops)).sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("block_elements", [2**26, 130])
+def test_neighbours_kept_equals_a_loop_over_sets(block_elements: int) -> None:
+    generator = torch.Generator().manual_seed(3)
+    teacher = [torch.randn(rows, 6, generator=generator) for rows in (40, 11)]
+    student = [rows @ torch.randn(6, 4, generator=generator) for rows in teacher]
+    kept = 0
+    for ours, theirs in zip(student[1], teacher[1], strict=True):
+        sets = [
+            set(torch.cosine_similarity(query[None], bank).topk(5).indices.tolist())
+            for query, bank in ((ours, student[0]), (theirs, teacher[0]))
+        ]
+        kept += len(sets[0] & sets[1])
+    found = neighbours_kept(student[0], teacher[0], student[1], teacher[1], k=5, block_elements=block_elements)
+    assert found == 100 * kept / 55
+    assert neighbours_kept(teacher[0], 3 * teacher[0], teacher[1], teacher[1], k=5) == 100
 
 
 def test_unlabelled_rows_neither_vote_nor_count() -> None:

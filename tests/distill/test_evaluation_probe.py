@@ -21,6 +21,7 @@ from distill.evaluation.features import load_probed
 from distill.export import Card, ExportArgs, export_model, export_run
 from distill.models import create_backbone, create_student
 from shards.pack import pack
+from shards.sources import SourceOptions
 
 IMG_SIZE = 32
 WITHOUT_RUN: dict[str, Any] = {"run": None, "img_size": IMG_SIZE, "device": torch.device("cpu")}
@@ -104,6 +105,26 @@ def test_a_run_is_probed_with_its_teacher_and_random_weights(trained: Fixture) -
     assert (folder / "table.txt").read_text().count("\n") >= 7
     names = {"accuracies.png", "patch_pca.png", "losses.png", "accuracy_by_epoch.png", "probe.json", "table.txt"}
     assert {path.name for path in folder.iterdir()} == names
+
+
+def test_unlabelled_shards_are_probed_by_the_measures_that_need_no_labels(trained: Fixture) -> None:
+    for split in ("train", "val"):
+        source, output = trained.root / "images" / split, trained.root / f"{split}_unlabelled"
+        pack(source, output, workers=1, progress=False, options=SourceOptions(labels="none"))
+    models = ("run", "teacher", f"export:{trained.root / 'teacher'}")
+    labelled = probe.probe(replace(trained.options, models=models, output=str(trained.root / "labelled")))
+    folders = {f"{split}_shards": str(trained.root / f"{split}_unlabelled") for split in ("train", "val")}
+    report = probe.probe(replace(trained.options, models=models, output=str(trained.root / "none"), **folders))
+    assert (report.protocol.train_rows, report.protocol.val_rows) == (60, 24)
+    for model, same in zip(report.models, labelled.models, strict=True):
+        assert (model.knn, model.linear, model.best) == ({}, [], None)
+        assert model.rankme == pytest.approx(same.rankme, rel=1e-5)
+        assert model.name == "teacher" or model.cosine == pytest.approx(same.cosine, rel=1e-4)
+        assert model.neighbours == same.neighbours
+    student, _, teacher_again = report.models
+    assert teacher_again.neighbours == 100 and teacher_again.cosine == pytest.approx(1, abs=1e-2)
+    assert 100 * 5 / 60 < student.neighbours < 100  # above what chance keeps
+    assert {path.name for path in (trained.root / "none").iterdir()} >= {"probe.json", "table.txt", "patch_pca.png"}
 
 
 def test_a_probe_twice_gives_the_same_figures_and_a_smaller_one_another_hash(trained: Fixture) -> None:

@@ -68,7 +68,7 @@ def test_patches_and_masks_have_their_columns_where_they_were_measured() -> None
     student = a_model("student", 70, 74, patch_cosine=0.5, segmentation=scores)
     models = [student, a_model("teacher", 96, 96, cosine=None)]
     lines = results_table(a_report(models=models)).split("\n")
-    assert lines[0].split()[-4:] == ["patches", "mIoU", "mIoU", "k-NN"]
+    assert lines[0].split()[-5:] == ["patches", "neighbours", "mIoU", "mIoU", "k-NN"]
     assert lines[2].split()[-3:] == ["0.500", "40.12", "35.50"]
 
 
@@ -113,11 +113,15 @@ def test_the_table_shows_each_model_and_what_a_reader_must_know() -> None:
         a_model("random", 18, 30, linear=[edge], left_out=["cls, last 4"]),
     ]
     lines = results_table(a_report(models=models)).split("\n")
-    header = "model parameters k-NN@10 k-NN@20 linear features RankMe cosine patches"
+    header = "model parameters k-NN@10 k-NN@20 linear features RankMe cosine patches neighbours"
     assert lines[0].split() == header.split()
     assert lines[2].split() == ["student", "1.5", "M", "70.00", "71.00", "74.00", "cls", "31.2/64", "0.750"]
     assert lines[3].split() == ["teacher", "1.5", "M", "96.00", "97.00", "96.00", "cls", "31.2/64"]
     assert lines[5].split() == ["gap", "closed", "66.7", "%", "66.7", "%", "66.7", "%"]
+    unlabelled = [replace(model, knn={}, linear=[], best=None, neighbours=62.5) for model in models[:1]]
+    lines_of_none = results_table(a_report(models=unlabelled)).split("\n")
+    assert lines_of_none[0].split() == "model parameters RankMe cosine patches neighbours".split()
+    assert lines_of_none[2].split() == ["student", "1.5", "M", "31.2/64", "0.750", "62.5"]
     notes = "\n".join(lines[6:])
     assert "200 val images, 1000 train images, 48 px" in notes
     assert a_protocol().sha256()[:12] in notes

@@ -376,6 +376,8 @@ def test_the_card_shows_measured_accuracies_only() -> None:
     later = render_card(a_card(probe=probe, step=8), small_vit())
     assert "61.50" not in later
     assert "last probed at step 7, EMA" in later
+    probe["models"] = [{"name": "student", "detail": "step 7, EMA", "knn": {}, "best": None}]
+    assert "probed on shards without labels" in render_card(a_card(probe=probe), small_vit())
 
 
 def test_the_command_prints_the_error_alone_and_exits_with_2(

@@ -158,7 +158,10 @@ def test_validation_data_is_looked_at_before_the_training(
     for i, path in enumerate(sorted(images.rglob("*.*"))[:4]):
         (unlabelled / f"{i}{path.suffix}").write_bytes(path.read_bytes())
     pack(unlabelled, tmp_path / "unlabelled", workers=1, progress=False)
-    assert "none of its images has a class" in run("--val_data_path", tmp_path / "unlabelled", fails=True)
+    judged_by = ("--knn_every_epochs", 1, "--teacher_arch", "no_such")
+    printed = run("--val_data_path", tmp_path / "unlabelled", *judged_by, fails=True)
+    assert "without labels the student is judged by its teacher, and no_such cannot be that" in printed
+    run("--val_data_path", tmp_path / "unlabelled", "--knn_every_epochs", 0)
     fewer = tmp_path / "fewer"
     for folder in sorted(images.iterdir())[1:]:
         (fewer / folder.name).mkdir(parents=True)

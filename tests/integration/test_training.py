@@ -25,6 +25,8 @@ from distill.prototypes import load_prototypes
 from distill.runtime import Ranks, parse_config
 from distill.step import METRIC_NAMES, TERMS, DistillStep, StepInputs, StepScalars
 from pipeline.loader import MultiCropLoader, open_loader
+from shards.pack import pack
+from shards.sources import SourceOptions
 
 from .conftest import CROPS, ROOT, Workplace, read_lines
 
@@ -235,6 +237,24 @@ def test_accumulated_micro_batches_give_the_gradient_of_the_whole_batch(
     split = run_here(workplace.flags(tmp_path / "split", *flags, "--accumulation_steps", 4))
     assert curve(split) == pytest.approx(curve(once), rel=FLOAT_NOISE)
     assert curve(split, "grad_norm") == pytest.approx(curve(once, "grad_norm"), rel=10 * FLOAT_NOISE)
+
+
+@pytest.mark.parametrize("source", ["--cache_path", "live"])
+def test_without_labels_the_student_is_judged_by_its_teacher(
+    workplace: Workplace, run_here: Run, tmp_path: Path, source: str
+) -> None:
+    images = workplace.shards.parent / "images" / "val"
+    pack(images, tmp_path / "val", workers=1, progress=False, options=SourceOptions(labels="none"))
+    flags = ["--teacher_arch", f"local-dir:{workplace.teacher}", "--max_steps", 44, "--knn_every_epochs", 1]
+    flags += [source, workplace.cache] if source == "--cache_path" else ["--teacher", "live"]
+    lines = run_here(workplace.flags(tmp_path / "run", *flags, "--val_data_path", tmp_path / "val"))
+    judged = [line for line in lines if "rankme" in line]
+    assert [line["step"] for line in judged] == [22, 44]
+    assert not any("knn_top1" in line for line in lines)
+    for line in judged:  # the teacher is small and random: a linear map of what any such student sees gives its tokens
+        assert 1 < line["rankme"] < 64
+        assert min(line["cosine"], line["patch_cosine"]) > 0.95
+        assert 25 < line["neighbours"] < 100  # by chance, 3 %: 10 of 352
 
 
 def test_the_student_learns_and_every_term_is_logged(workplace: Workplace, run_here: Run, tmp_path: Path) -> None:

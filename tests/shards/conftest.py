@@ -15,6 +15,7 @@ import numpy.typing as npt
 import pytest
 import simplejpeg
 from PIL import Image, ImageChops
+from PIL.PngImagePlugin import PngInfo
 
 from shards.manifest import RowFlag
 
@@ -149,6 +150,7 @@ def _reencoded_files() -> dict[str, OddFile]:
     over_white[:, :28] = 255
     wide = np.arange(40 * 56, dtype=np.uint16).reshape(40, 56) * 29
     adobe, plain, ycck, shown = _cmyk()
+    base = jpeg(image)
     deep = np.random.default_rng(1).integers(0, 65536, (20, 30, 3), dtype=np.uint16)
     y, x = np.mgrid[0:16, 0:24]
     gradient = np.stack([x * 10, y * 15, (x + y) * 6], -1).astype(np.uint8)
@@ -195,6 +197,13 @@ def _reencoded_files() -> dict[str, OddFile]:
         "png_1_bit": (saved(gray.convert("1"), "PNG"), "PNG", np.asarray(gray.convert("1").convert("RGB"))),
         "png_rotated": (saved(pil, "PNG", exif=_exif(6)), "PNG", _oriented(image, 6)),
         "png_48_bit": (cv2.imencode(".png", deep)[1].tobytes(), "PNG", (deep[..., ::-1] >> 8).astype(np.uint8)),
+        # What is wrong beside the picture is no fault of the picture.
+        "tiff_resolution": (_tiff_with_two_units(image), "TIFF", image),
+        "png_cut_exif": (saved(pil, "PNG", exif=_exif(6)[:20]), "PNG", image),
+        "png_bad_text_checksum": (_flipped(saved(pil, "PNG", pnginfo=_text()), b"tEXtkey"), "PNG", image),
+        "png_huge_text": (saved(pil, "PNG", pnginfo=_text(bytes(1 << 21))), "PNG", image),
+        "pgm_16_bit": (saved(Image.fromarray(wide), "PPM"), "PPM", _gray_to_rgb(np.round(wide / 257))),
+        "pgm_12_bit": (b"P5 2 1 4095 " + b"\x0f\xff\0\0", "PPM", np.array([[[255] * 3, [0] * 3]], np.uint8)),
         "ppm": (saved(pil, "PPM"), "PPM", image),
         "jpeg_2000": (saved(pil, "JPEG2000", irreversible=False), "JPEG2000", image),
         "gif": (saved(palette, "GIF"), "GIF", np.asarray(palette.convert("RGB"))),
@@ -213,6 +222,32 @@ def _reencoded_files() -> dict[str, OddFile]:
             lossless=not origin.endswith(("JPEG", "JPEG of unusual sampling")),
         )
         for name, (data, origin, pixels) in plainly.items()
+    }
+    files |= {
+        name: OddFile(
+            data, "re-encoded", "JPEG with wrong header fields", pixels=simplejpeg.decode_jpeg(base), lossless=True
+        )
+        for name, data in {
+            "unknown_jfif_revision": base.replace(b"JFIF\0\1\1", b"JFIF\0\0\0"),
+            "scan_of_a_phone": _with_scan_parameters(base, b"\0\0\0"),
+            "scan_of_another_phone": _with_scan_parameters(base, b"\1\x3e\x11"),
+        }.items()
+    }
+    files |= {
+        name: OddFile(
+            data,
+            "re-encoded",
+            f"{form} over the size limit",
+            RowFlag.DOWNSCALED,
+            np.full((shape[0], shape[1], 3), 90, np.uint8),
+            lossless=True,
+        )
+        for name, form, data, shape in (
+            ("png_40000_wide", "PNG", saved(Image.new("L", (40000, 9), 90), "PNG"), (5, 20000)),
+            ("png_of_palette", "PNG", saved(Image.new("L", (40000, 9), 90).convert("P"), "PNG"), (5, 20000)),
+            ("png_of_alpha", "PNG", saved(Image.new("LA", (40000, 9), (90, 255)), "PNG"), (5, 20000)),
+            ("bmp_70000_high", "BMP", saved(Image.new("L", (9, 70000), 90), "BMP"), (17500, 3)),
+        )
     }
     files["72_megapixels"] = OddFile(
         huge,
@@ -233,7 +268,6 @@ def _rejected_files() -> dict[str, OddFile]:
     reasons = {
         "stray_bytes_before_scan": (base[:scan] + bytes(5) + base[scan:], "extraneous bytes"),
         "stray_bytes_after_start": (base[:2] + b"\r\nx" + base[2:], "extraneous bytes"),
-        "unknown_jfif_revision": (base.replace(b"JFIF\0\1\1", b"JFIF\0\0\0"), "JFIF"),
         "padding_before_end_mark": (base[:-2] + bytes(50) + base[-2:], "extraneous bytes"),
         "without_end_mark": (base[:-2], "Premature end of JPEG file"),
         "empty": (b"", "empty file"),
@@ -253,10 +287,16 @@ def _rejected_files() -> dict[str, OddFile]:
         "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "no image"),
         "zeros": (bytes(4096), "no image"),
         "png_half": (png[: len(png) // 2], "damaged"),
-        "png_bad_checksum": (png[:60] + bytes([png[60] ^ 1]) + png[61:], "damaged"),
+        "png_bad_checksum": (png[:60] + bytes([png[60] ^ 1]) + png[61:], "damaged PNG: broken data stream"),
         "gif_cut": (saved(Image.fromarray(image).convert("P"), "GIF")[:900], "damaged"),
         "float_tiff": (saved(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"), "mode F"),
-        "png_over_limit": (saved(Image.new("1", (40000, 8)), "PNG"), "too large: 40000x8 PNG"),
+        "png_bad_header": (
+            png[:20] + b"\xff" + png[21:],
+            "damaged PNG: broken PNG file (bad header checksum in b'IHDR')",
+        ),
+        "png_broken_chunk": (png.replace(b"IDAT", b"ID\0T"), r"damaged PNG: broken PNG file (chunk b'ID\x00T')"),
+        "png_no_such_size": (saved(Image.new("1", (300000, 8)), "PNG"), "too large: 300000x8; at 1/8 still over"),
+        "heic": (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC or another film format, which is not read: convert"),
     }
     return {name: OddFile(data, "rejected", reason) for name, (data, reason) in reasons.items()}
 
@@ -271,6 +311,31 @@ def _bit_rot(data: bytes) -> bytes:
         except ValueError:
             return rotten
     raise AssertionError("no bit of the scan matters")
+
+
+def _flipped(data: bytes, place: bytes) -> bytes:
+    """A file with one bit flipped behind a place."""
+    end = data.index(place) + len(place)
+    return data[:end] + bytes([data[end] ^ 1]) + data[end + 1 :]
+
+
+def _text(value: bytes = b"value") -> PngInfo:
+    info = PngInfo()
+    info.add_text("key", value.decode(), zip=len(value) > 100)
+    return info
+
+
+def _tiff_with_two_units(pixels: Pixels) -> bytes:
+    """A TIFF whose tag of the unit of resolution holds two values, of which Pillow warns."""
+    data = bytearray(saved(Image.fromarray(pixels), "TIFF", resolution_unit=2, dpi=(72, 72)))
+    entry = data.index(struct.pack("<HHI", 296, 3, 1))
+    data[entry + 4] = 2
+    return bytes(data)
+
+
+def _with_scan_parameters(data: bytes, parameters: bytes) -> bytes:
+    """A baseline JPEG whose scan states another part of the spectrum than all of it."""
+    return data.replace(b"\0\x3f\0", parameters)
 
 
 def _exif(orientation: int) -> bytes:

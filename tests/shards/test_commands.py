@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,7 +17,9 @@ from PIL import Image
 from shards.__main__ import main
 from shards.folder import ShardFolder
 from shards.inspection import find_row
-from shards.manifest import load_index
+from shards.manifest import load_index, load_manifest
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +45,10 @@ def test_the_pack_command_names_the_source_shows_a_bar_and_sums_up(packed: tuple
     )
     lines = ended.stdout.splitlines()
     assert lines[0] == f"{root / 'in'}: class folders (3 classes)"
-    assert lines[1] == "Passed over: *.txt (1)"
-    assert lines[2].startswith(f"{root / 'shards'}: 14 images of 3 classes in 4 shards, 0.00 GB, in ")
-    assert lines[2].endswith("(verbatim 14; quarantined 1)")
-    assert lines[3] == f"Left out, with reasons: {root / 'shards' / 'quarantine.jsonl'}"
+    assert lines[1:3] == ["Plan: 15 images of 3 classes, n01440764 (5) to n01440838 (5).", "Passed over: *.txt (1)."]
+    assert lines[3].startswith(f"{root / 'shards'}: 14 images of 3 classes in 4 shards, 0.1 MB, in ")
+    assert lines[3].endswith("(1 quarantined, 14 kept byte for byte)")
+    assert lines[4] == f"Left out, with reasons: {root / 'shards' / 'quarantine.jsonl'}"
     assert "packing: 100%" in ended.stderr and "quarantined=1" in ended.stderr
     assert "images/s" in ended.stderr
 
@@ -60,7 +64,7 @@ def test_verify_exits_0_on_a_whole_folder_and_1_with_each_fault_in_a_line(
     shards: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["verify", str(shards), "--decode", "1", "--workers", "1"]) == 0
-    assert capsys.readouterr().out == f"{shards}: 14 rows in 1 shards, 0.00 GB: whole.\n"
+    assert capsys.readouterr().out == f"{shards}: 14 rows in 1 shards, 0.1 MB: whole.\n"
     tar = shards / "shard-000000.tar"
     content = tar.read_bytes()
     place = int(load_index(shards).offset[6]) + 100
@@ -99,7 +103,7 @@ def test_inspect_without_a_row_sums_the_folder_up(shards: Path, capsys: pytest.C
     assert main(["inspect", str(shards)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"{shards}: 14 rows, 3 classes, 1 shards of 2048, seed 0"
-    assert lines[2] == "images: quarantined 1, verbatim 14"
+    assert lines[2] == "images: 1 quarantined, 14 kept byte for byte"
 
 
 def test_a_contact_sheet_shows_each_row_in_its_cell(
@@ -120,6 +124,28 @@ def test_a_contact_sheet_shows_each_row_in_its_cell(
         np.testing.assert_array_equal(pixels[y : y + height, x : x + width], image)
     assert main(["inspect", str(shards), "--sheet", str(tmp_path / "sheet.doc")]) == 2
     assert "no image format for '.doc'" in capsys.readouterr().err
+
+
+def test_what_the_readme_says_of_your_own_images_works(
+    tmp_path: Path, make_class_folders: Callable[[Path, int, int], dict[str, bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    section = (ROOT / "README.md").read_text().partition("### Your own images")[2].partition("###")[0]
+    commands = re.findall(r"make shards DATA=(\S+) SHARDS=(\S+)(?:\s+ARGS=\"([^\"]*)\")?", section)
+    monkeypatch.chdir(tmp_path)
+    files = make_class_folders(Path("photos/train"), 3, 2)
+    shutil.copytree("photos/train/n01440801", "photos/val/n01440801")
+    listed = [f"{name},{number % 2}\n" for number, name in enumerate(files)]
+    Path("photos/list.csv").write_text("file,label\n" + "".join(listed))
+    packed = {}
+    for data, output, flags in commands:
+        assert main(["pack", "--source", data, "--output", output, "--workers", "1", *flags.split()]) == 0
+        packed[output] = (load_manifest(output).num_classes, sorted(load_index(output).label.tolist()))
+    assert packed == {
+        "shards/train": (3, [0, 0, 1, 1, 2, 2]),
+        "shards/all": (0, [-1] * 8),
+        "shards/listed": (2, [0] * 4 + [1] * 4),
+        "shards/val": (3, [1, 1]),
+    }
 
 
 def test_flags_are_taken_with_hyphens_and_underscores_and_unknown_ones_refused(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +14,7 @@ import pytest
 
 from common.errors import UserError
 from shards.pack import pack
-from shards.sources import SourceOptions
-from shards.sources.folders import class_folders
+from shards.sources import SourceOptions, recognise
 from shards.sources.labels import load_labels
 from shards.workers import hold_as_worker, only_packer
 
@@ -35,12 +35,56 @@ def test_lists_of_no_known_form_are_refused(tmp_path: Path) -> None:
     refused(tmp_path / "absent.txt", r"absent.txt: no such file. Give the list of labels by --labels. Known are")
     (tmp_path / "three.txt").write_text("a b c\nd e\n")
     refused(tmp_path / "three.txt", r"lines of \[2, 3\] words, no form of label list")
-    (tmp_path / "x.csv").write_text("name,label\na,1\n")
-    refused(tmp_path / "x.csv", r"the first line is \[\['name', 'label'\]\], not ImageId,PredictionString")
+    (tmp_path / "x.csv").write_text("x,y\na,1\n")
+    refused(tmp_path / "x.csv", r"2 rows, and no column of file names in \[\['x', 'y'\]\]. Known are")
     (tmp_path / "ids.txt").write_text("1\n2\n")
     refused(tmp_path / "ids.txt", r"holds no meta.mat, neither here nor in data/")
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", r"holds no ILSVRC2012_validation_ground_truth.txt")
+
+
+NESTED = {"a/my cat 1.jpg": "cat", "b/1.jpg": "eel", "b/2.jpg": "big dog"}
+TABLES = {
+    "header.csv": "file,label\na/my cat 1.jpg,cat\nb/1.jpg,eel\nb/2.jpg,big dog\n",
+    "bare.csv": "./a/my cat 1.jpg,cat\nb/1.jpg,eel\nb/2.jpg,big dog\n",
+    "excel.csv": "\ufeffid;width;Label\nmy cat 1;3;cat\n1;3;eel\n2;3;big dog\n",
+    "metadata.csv": "file_name,text,label\na/my cat 1.jpg,x,cat\nb/1.jpg,y,eel\nb/2.jpg,z,big dog\n",
+    "metadata.jsonl": "".join(json.dumps({"file_name": n, "label": c}) + "\n" for n, c in NESTED.items()),
+    "val_annotations.txt": "my cat 1.jpg\tcat\t0\t0\t9\t9\n1.jpg\teel\t0\t0\t9\t9\n2.jpg\tbig dog\t0\t1\t2\t3\n",
+    "spaces.txt": "in/a/my cat 1.jpg cat\nin/b/1.jpg eel 0 0 9 9\nin/b/2.jpg   big dog\n",
+    "species.tsv": "path\tsize\tspecies\na/my cat 1.jpg\t2\tcat\nb/1.jpg\t2\teel\nb/2.jpg\t2\tbig dog\n",
+}
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_tables_of_files_and_labels_label_any_tree(tmp_path: Path, table: str) -> None:
+    for name in NESTED:
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(b"x")
+    (tmp_path / table).write_text(TABLES[table])
+    column = "species" if table == "species.tsv" else None
+    source = recognise(tmp_path / "in", SourceOptions(labels=str(tmp_path / table), label_column=column))
+    assert source.class_names == ("big dog", "cat", "eel")
+    found = {item.path: source.class_names[item.label] for item in source.items()}
+    assert found == NESTED
+    assert [item.name for item in source.items()] == [f"{label}/{name}" for name, label in NESTED.items()]
+
+
+def test_a_mistyped_label_column_is_an_error_and_so_is_a_file_of_two_labels(tmp_path: Path) -> None:
+    (tmp_path / "in" / "a").mkdir(parents=True)
+    (tmp_path / "in" / "a" / "1.jpg").write_bytes(b"x")
+    (tmp_path / "x.csv").write_text(TABLES["metadata.csv"])
+    with pytest.raises(UserError, match=r"no column of labels in \['file_name', 'text', 'label'\]. Name it by"):
+        load_labels(tmp_path / "x.csv", None, "lable")
+    with pytest.raises(UserError, match=r"a folder of images has no column 'lable'. Leave out --label-column"):
+        recognise(tmp_path / "in", SourceOptions(label_column="lable"))
+    (tmp_path / "y.csv").write_text("b/1.jpg,cat\nc/1.jpg,dog\n")
+    listed = recognise(tmp_path / "in", SourceOptions(labels=str(tmp_path / "y.csv")))
+    with pytest.raises(UserError, match=r"1.jpg is listed under 2 labels"):
+        list(listed.items())
+    (tmp_path / "z.csv").write_text("1.jpg,2000000000\n")
+    with pytest.raises(UserError, match=r"label 2000000000, which is no class's number: these are 0 to 1048575"):
+        load_labels(tmp_path / "z.csv", None)
 
 
 def test_a_damaged_devkit_is_refused(tmp_path: Path) -> None:
@@ -64,17 +108,10 @@ def test_numbered_classes_take_their_names_from_the_class_list(tmp_path: Path) -
     found = load_labels(tmp_path / "val.txt", None)
     assert (found.label_of, found.class_names) == ({"a.jpg": 0, "b.jpg": 2}, ("0", "1", "2"))
     assert load_labels(tmp_path / "val.txt", ("x", "y", "z")).class_names == ("x", "y", "z")
-    refused(tmp_path / "val.txt", "class '2' is not among the 2 classes given", ("x", "y"))
+    refused(tmp_path / "val.txt", "label 2, but 2 classes are named. Give --classes", ("x", "y"))
     (tmp_path / "named.txt").write_text("a.jpg x\n")
     assert load_labels(tmp_path / "named.txt", ("y", "x")).label_of == {"a.jpg": 1}
     refused(tmp_path / "named.txt", "class 'x' is not among the 1 classes given", ("y",))
-
-
-def test_folders_that_lead_back_into_themselves_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "a" / "b").mkdir(parents=True)
-    (tmp_path / "a" / "b" / "back").symlink_to(tmp_path / "a")
-    with pytest.raises(UserError, match=r"folders nested deeper than 32. A link that leads back"):
-        list(class_folders(tmp_path, None).items())
 
 
 def test_packed_shards_and_empty_files_are_no_source(

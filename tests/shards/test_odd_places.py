@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import errno
 import io
+import mmap
 import os
 import shlex
 import shutil
+import signal
 import subprocess
+import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -78,6 +81,26 @@ def test_links_to_classes_nested_folders_and_any_case_are_images_and_hidden_file
     assert found.ignored == {"hidden files": 3}
 
 
+def test_links_to_folders_are_followed_and_no_folder_is_counted_twice(tmp_path: Path, image: bytes) -> None:
+    root = laid_out(tmp_path / "in", "cat/1.jpg zoo/ant/2.jpg", image, as_tar=False)
+    elsewhere = laid_out(tmp_path / "elsewhere", "3.jpg in/4.jpg", image, as_tar=False)
+    (root / "dog").mkdir()
+    (root / "dog/images").symlink_to(elsewhere)  # a class that holds a link alone
+    (root / "eel").symlink_to(elsewhere / "in")  # lies in what the link before leads to
+    (root / "a_kitten").symlink_to("cat")  # sorts before the folder that it leads to
+    (root / "cat/back").symlink_to(root)
+    source = recognise(root, SourceOptions())
+    assert source.class_names == ("cat", "dog", "eel", "zoo")
+    assert {item.name for item in source.items()} == {"cat/1.jpg", "dog/images/3.jpg", "eel/4.jpg", "zoo/ant/2.jpg"}
+    assert source.ignored == {"links to folders that are packed already": 3}
+    (tmp_path / "links").mkdir()
+    for name in ("cat", "zoo"):  # nothing but links, to a set that lies elsewhere
+        (tmp_path / "links" / name).symlink_to(root / name)
+    (root / "cat/back").unlink()
+    manifest = packed(tmp_path / "links", tmp_path / "out")
+    assert (manifest.class_names, manifest.num_rows) == (("cat", "zoo"), 2)
+
+
 def test_a_tar_is_told_by_its_first_image_not_by_what_lies_before_it(tmp_path: Path, image: bytes) -> None:
     members = {"./._train": b"x", "README.txt": b"hello", "./train/a/1.jpg": image, "./train/b/2.jpg": image}
     manifest = packed(tar_of(tmp_path / "x.tar", members), tmp_path / "out")
@@ -91,8 +114,98 @@ def test_a_tar_is_told_by_its_first_image_not_by_what_lies_before_it(tmp_path: P
 
 def test_a_tar_of_several_splits_is_refused(tmp_path: Path, image: bytes) -> None:
     tar = tar_of(tmp_path / "x.tar", {"train/a/1.jpg": image, "val/a/1.jpg": image})
-    with pytest.raises(UserError, match="holds images of the folders train, val, which are splits, not classes"):
+    with pytest.raises(UserError, match="holds the folders train, val, which are splits, not classes"):
         packed(tar, tmp_path / "out")
+
+
+SET = f"a/0.jpg {' '.join(f'b/{i}.jpg' for i in range(9))}"
+LAYOUTS: dict[str, tuple[str, dict[str, Any], str]] = {
+    # Files, options, and the packed names: the folder before "/" is the class, and there is none without one.
+    "mac": ("cat/1.jpg dog/2.jpg __MACOSX/cat/3.jpg cat/._1.jpg", {}, "cat/1.jpg dog/2.jpg"),
+    "nas": ("cat/1.jpg cat/@eaDir/1.jpg/THUMB_M.jpg @eaDir/cat/2.jpg dog/2.jpg", {}, "cat/1.jpg dog/2.jpg"),
+    "windows": ("$RECYCLE.BIN/1.jpg a/1.jpg b/2.jpg a/Thumbs.db b/thumbs/2.jpg", {}, "a/1.jpg b/2.jpg"),
+    "trash": (".Trash-1000/files/9.jpg lost+found/8.jpg a/1.jpg b/2.jpg", {}, "a/1.jpg b/2.jpg"),
+    "wrapper": ("imagenette2-160/train/cat/1.jpg imagenette2-160/train/dog/2.jpg", {}, "cat/1.jpg dog/2.jpg"),
+    "annotations": ("train/cat/1.jpg train/dog/2.jpg annotations/1.xml README.txt", {}, "cat/1.jpg dog/2.jpg"),
+    "split chosen": ("set/train/a/1.jpg set/train/b/2.jpg set/val/a/3.jpg", {"split": "val"}, "a/3.jpg"),
+    "tiny": ("train/n1/images/1.jpg train/n1/boxes.txt train/n2/images/2.jpg", {}, "n1/images/1.jpg n2/images/2.jpg"),
+    "kaggle": (
+        "ILSVRC/Data/CLS-LOC/train/n1/1.jpg ILSVRC/Data/CLS-LOC/train/n2/2.jpg ILSVRC/Data/CLS-LOC/test/3.jpg "
+        "ILSVRC/Annotations/CLS-LOC/train/n1/1.xml ILSVRC/ImageSets/CLS-LOC/val.txt LOC_synset_mapping.txt",
+        {"split": "train"},
+        "n1/1.jpg n2/2.jpg",
+    ),
+    "class train": ("bus/1.jpg train/2.jpg car/3.jpg", {}, "bus/1.jpg train/2.jpg car/3.jpg"),
+    "told to": ("train/1.jpg test/2.jpg", {"labels": "folders"}, "train/1.jpg test/2.jpg"),
+    "flat in a folder": ("images/1.jpg images/2.jpg", {}, "1.jpg 2.jpg"),
+    "ignored": ("images/a/1.jpg images/b/2.jpg masks/a/1.png", {"ignore": ("mask*",)}, "a/1.jpg b/2.jpg"),
+    "stray beside a wrapper": (f"logo.png set/a/0.jpg {' '.join(f'set/b/{i}.jpg' for i in range(9))}", {}, SET),
+    "one stray": ("a/1.jpg a/2.jpg b/3.jpg logo.png", {}, "a/1.jpg a/2.jpg b/3.jpg"),
+}
+UNCLEAR = {
+    "Train/a/1.jpg validation/a/2.jpg": "holds the folders Train, validation, which are splits",
+    "training/a/1.jpg testing/a/2.jpg annotations/1.xml": "holds the folders testing, training, which are splits",
+    "train2017/1.jpg val2017/2.jpg": "holds the folders train2017, val2017, which are splits",
+    "train/a/1.jpg train/b/2.jpg unlabeled/3.jpg": "holds the folders train, which are splits",
+    "images/1.jpg masks/1.png": "holds the folder images beside 1 others, and that is no class's name. `--split",
+    "art/cat/1.jpg art/dog/2.jpg photo/cat/3.jpg photo/dog/4.jpg": "2 of its 2 folders hold no images but folders",
+    "a/abbey/1.jpg a/attic/2.jpg b/bar/3.jpg b/bay/4.jpg": "such as a .abbey, attic.. Which are the classes",
+    "set/cat/1.jpg set/dog/2.jpg samples/3.jpg": "1 of its 2 folders hold no images but folders of images",
+    "1.jpg 2.jpg 3.jpg best/1.jpg": "3 images lie beside its 1 folders, which hold 1 each",
+}
+
+
+def laid_out(root: Path, names: str, image: bytes, *, as_tar: bool) -> Path:
+    files = dict.fromkeys(names.split(), image)
+    if as_tar:
+        root.mkdir()
+        return tar_of(root / "x.tar", files)
+    for name in files:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(image)
+    return root
+
+
+@pytest.mark.parametrize("as_tar", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_classes_are_told_from_splits_wrappers_and_junk(
+    tmp_path: Path, image: bytes, layout: str, as_tar: bool
+) -> None:
+    names, options, expected = LAYOUTS[layout]
+    source = recognise(laid_out(tmp_path / "in", names, image, as_tar=as_tar), SourceOptions(**options))
+    found = {item.name: source.class_names[item.label] if item.label >= 0 else "" for item in source.items()}
+    assert found == {name: name.rpartition("/")[0].partition("/")[0] for name in expected.split()}
+
+
+@pytest.mark.parametrize("as_tar", [False, True])
+@pytest.mark.parametrize("names", UNCLEAR)
+def test_what_is_not_clear_is_refused_with_the_flag_that_decides(
+    tmp_path: Path, image: bytes, names: str, as_tar: bool
+) -> None:
+    source = laid_out(tmp_path / "in", names, image, as_tar=as_tar)
+    with pytest.raises(UserError, match=UNCLEAR[names] + ".*`--labels folders` takes each folder for a class"):
+        recognise(source, SourceOptions())
+    number = len({name for name in names.split() if not name.endswith("xml")})
+    assert len(list(recognise(source, SourceOptions(labels="none")).items())) == number
+    with pytest.raises(UserError, match=r"no split 'nowhere' among \["):
+        recognise(source, SourceOptions(split="nowhere"))
+
+
+def test_the_plan_is_printed_before_packing(tmp_path: Path, image: bytes, capsys: pytest.CaptureFixture[str]) -> None:
+    names = "x/train/cat/1.jpg x/train/dog/2.jpg x/train/dog/3.jpg x/val/cat/4.jpg x/train/dog/5.heic x/train/.a/1.jpg"
+    laid_out(tmp_path / "in", names, image, as_tar=False)
+    (tmp_path / "in/x/train/eel").mkdir()
+    command = ["pack", "--source", str(tmp_path / "in"), "--output", str(tmp_path / "out"), "--workers", "1"]
+    assert main([*command, "--split", "train"]) == 0
+    assert capsys.readouterr().out.splitlines()[:6] == [
+        f"{tmp_path / 'in'}: class folders (3 classes)",
+        f"Packed is {tmp_path / 'in/x/train'}, 1 images outside it are not.",
+        "Beside it, not packed: val (1).",
+        "Plan: 3 images of 3 classes, cat (1) to eel (0).",
+        "Without an image: 1 classes, eel.",
+        "Passed over: hidden folders (1), *.heic (1). HEIC is not read: convert such files first "
+        "(`mogrify -format jpg *.heic`).",
+    ]
 
 
 def test_what_is_no_source_at_all_is_named(tmp_path: Path, image: bytes) -> None:
@@ -170,6 +283,54 @@ def test_what_may_not_be_written_or_has_no_folder_is_named(tmp_path: Path) -> No
         raise OSError(errno.EIO, "Input/output error", "x.tar")
     with pytest.raises(UserError, match=r"x.jpg: its folder .*none does not exist. Make it"):
         write_atomic(tmp_path / "none" / "x.jpg", b"")
+
+
+def test_odd_names_and_closed_outputs_are_no_traceback(tmp_path: Path, image: bytes) -> None:
+    for name in ("caf\udce9", "ünï", "plain"):  # the first is Latin-1 on disk
+        (tmp_path / "in" / name).mkdir(parents=True)
+        (tmp_path / "in" / name / "1.jpg").write_bytes(image)
+    packed(tmp_path / "in", tmp_path / "out")
+
+    def said(arguments: str, encoding: str = "utf-8:strict") -> tuple[int, str, str]:
+        command = f"set -o pipefail; {shlex.quote(sys.executable)} -m shards {arguments}"
+        environment = os.environ | {"PYTHONIOENCODING": encoding}
+        ended = subprocess.run(["bash", "-c", command], cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert "Traceback" not in ended.stderr
+        return ended.returncode, ended.stdout, ended.stderr
+
+    output, row = shlex.quote(str(tmp_path / "out")), f"--output {shlex.quote(str(tmp_path / 'x.jpg'))}"
+    labels = {said(f"inspect {output} {number} {row}")[1].splitlines()[2] for number in range(3)}
+    assert labels == {"label: 0 (caf\\udce9)", "label: 1 (plain)", "label: 2 (ünï)"}
+    assert (
+        "caf\\udce9" in said(f"pack --source {shlex.quote(str(tmp_path / 'in'))} --output {output}", "ascii:strict")[1]
+    )
+    for command in (f"inspect {output}", f"verify {output} --workers 1"):
+        assert said(f"{command} >&-")[0] == said(f"{command} 2>&-")[0] == 0
+        assert said(f"{command} | true")[0] == 128 + signal.SIGPIPE
+        assert "the output cannot be written (No space left on device)" in said(f"{command} > /dev/full")[2]
+
+
+def test_where_nothing_can_be_mapped_the_shards_are_the_same(
+    tmp_path: Path, make_class_folders: MakeFolders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_class_folders(tmp_path / "in", 2, 3)
+    (tmp_path / "in/n01440764/n01440764_0.png").write_bytes(b"")  # two names of one key: the listing is written twice
+    expected = packed(tmp_path / "in", tmp_path / "mapped")
+
+    def no_mmap(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENODEV, "No such device")
+
+    monkeypatch.setattr(mmap, "mmap", no_mmap)
+    assert packed(tmp_path / "in", tmp_path / "out") == expected
+    assert expected.counts["renamed"] == 1
+
+
+def test_what_a_fresh_mount_holds_is_no_foreign_file(tmp_path: Path, make_class_folders: MakeFolders) -> None:
+    make_class_folders(tmp_path / "in", 1, 2)
+    for name in ("lost+found", ".snapshot", "$RECYCLE.BIN", "System Volume Information"):
+        (tmp_path / "out" / name).mkdir(parents=True)
+    packed(tmp_path / "in", tmp_path / "out")
+    assert verify(tmp_path / "out", workers=1, progress=False) == []
 
 
 def test_a_shard_that_may_not_be_read_is_a_fault_of_that_shard(

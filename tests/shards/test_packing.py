@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import shutil
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ import simplejpeg
 
 from common.errors import UserError
 from shards.manifest import (
+    Manifest,
     RowFlag,
     ShardIndex,
     add_sample,
@@ -28,6 +30,7 @@ from shards.manifest import (
     plain_key,
 )
 from shards.pack import pack, summary
+from shards.sources import SourceOptions
 from shards.verify import verify
 
 MakeFolders = Callable[[Path, int, int], dict[str, bytes]]
@@ -185,6 +188,63 @@ def test_packing_again_into_a_finished_folder_changes_nothing(packed: tuple[Path
     assert folder_bytes(folder) == before
 
 
+def test_a_finished_folder_takes_no_other_split_label_option_or_data(
+    tmp_path: Path, make_class_folders: MakeFolders, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, output = tmp_path / "in", tmp_path / "out"
+    files = make_class_folders(source / "train", 2, 3)
+    shutil.copytree(source / "train", source / "val")  # shutil keeps times: the two hold the same data
+
+    def again(path: Path = source, **options: Any) -> None:
+        pack(path, output, workers=1, options=SourceOptions(**({"split": "train"} | options)))
+
+    again()
+    capsys.readouterr()
+    before = folder_bytes(output)
+    again()
+    assert capsys.readouterr().out.endswith(f"{output}: already finished, nothing to do (6 images in 1 shards).\n")
+    refusals: list[tuple[str, dict[str, Any]]] = [
+        ("split is 'train', this call has 'val'", {"split": "val"}),
+        (r"class_names is \['n01440764', 'n01440801'\], this call has \[\]", {"labels": "none"}),
+        (
+            r"kind of source is 'class folders \(2 classes\)', this call has 'a tar of class",
+            {"path": tmp_path / "x.tar"},
+        ),
+        ("labels is None, this call has 'folders'", {"labels": "folders"}),
+        (r"ignore is \[\], this call has \['x'\]", {"ignore": ("x",)}),
+    ]
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        tar.add(source, "in")
+    for message, options in refusals:
+        with pytest.raises(UserError, match=message):
+            again(**options)
+    name = next(iter(files))
+    edited = source / "train" / name
+    edited.write_bytes(edited.read_bytes())  # the same size, another time
+    with pytest.raises(UserError, match=r"times of files is '\w+.*, this call has '\w+"):
+        again()
+    edited.write_bytes(edited.read_bytes() + b"x")
+    with pytest.raises(UserError, match=r"content is '\w+.*, this call has '\w+"):
+        again()
+    assert folder_bytes(output) == before
+    assert b"/" not in (output / "source.json").read_bytes()
+
+
+def test_finished_shards_of_parquet_are_compared_by_hash(tmp_path: Path, make_jpeg: Any, make_photo: Any) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    image = make_jpeg(make_photo(9, 9))
+    source, output = tmp_path / "x.parquet", tmp_path / "out"
+
+    def again(labels: list[int]) -> Manifest:
+        parquet.write_table(pyarrow.table({"image": [image, image], "label": labels}), source)
+        return pack(source, output, workers=1, progress=False)
+
+    manifest = again([0, 1])
+    assert again([0, 1]) == manifest  # another time, the same bytes
+    with pytest.raises(UserError, match=r"already holds other shards .* files is .*, this call has "):
+        again([1, 0])
+
+
 def test_names_and_keys_met_twice_or_against_the_rule_are_renamed_and_recorded(
     tmp_path: Path, make_jpeg: Callable[..., bytes], make_photo: Callable[..., Any]
 ) -> None:
@@ -237,9 +297,9 @@ def test_the_odd_files_are_packed_as_the_corpus_states_and_the_folder_is_whole(
     assert manifest.counts["quarantined"] == outcomes.count("rejected")
     reencoded = {name: count for name, count in manifest.counts.items() if name.startswith("re-encoded: ")}
     assert sum(reencoded.values()) == outcomes.count("re-encoded")
-    # Bit rot, half a file filled up, a scan that goes on, one that lacks a block, and three whole pictures.
-    assert manifest.counts["quarantined for a warning"] == 7
-    assert "Of these, 7 are JPEGs that Pillow reads without a word" in summary(manifest, tmp_path / "out", 1.0)
+    # Bit rot, half a file filled up, a scan that goes on, one that lacks a block, and two whole pictures.
+    assert manifest.counts["quarantined for a warning"] == 6
+    assert "Of these, 6 are JPEGs that Pillow reads without a word" in summary(manifest, tmp_path / "out", 1.0)
     assert set(reencoded) == {f"re-encoded: {o.detail}" for o in odd_files.values() if o.outcome == "re-encoded"}
     listed = [json.loads(line) for line in (tmp_path / "out/quarantine.jsonl").read_text().splitlines()]
     reasons = {entry["name"][len("odd/") : -len(".JPEG")]: entry["reason"] for entry in listed}

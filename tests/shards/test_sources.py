@@ -129,17 +129,21 @@ def label_lists(folder: Path, files: Files) -> Iterator[tuple[str, Path]]:
         tar.extractall(unpacked, filter="data")
     yield "devkit folder", unpacked / "ILSVRC2012_devkit_t12"
     yield "ground truth", unpacked / "ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt"
+    for name, text in label_texts(files):
+        (folder / "lists").mkdir(exist_ok=True)
+        (folder / "lists" / name).write_text(text)
+        yield name, folder / "lists" / name
+
+
+def label_texts(files: Files) -> Iterator[tuple[str, str]]:
+    """Those forms that are texts, by the names that they have."""
     pairs = [name.split("/") for name in files]
-    forms = {
+    yield from {
         "synset_labels.txt": "".join(f"{wnid}\n" for wnid, _ in pairs),
         "val.txt": "".join(f"val/{image} {wnid}\n" for wnid, image in reversed(pairs)),
         "LOC_val_solution.csv": "ImageId,PredictionString\n"
         + "".join(f"{image[:-5]},{wnid} 1 2 3 4 {wnid} 5 6 7 8 \n" for wnid, image in pairs),
-    }
-    for name, text in forms.items():
-        (folder / "lists").mkdir(exist_ok=True)
-        (folder / "lists" / name).write_text(text)
-        yield name, folder / "lists" / name
+    }.items()
 
 
 def test_imagenets_val_tar_gives_the_shards_of_val_class_folders_by_every_form_of_label_list(
@@ -166,6 +170,32 @@ def test_imagenets_val_tar_gives_the_shards_of_val_class_folders_by_every_form_o
     assert tars(tmp_path / "from_flat") == expected
 
 
+def test_kaggles_layout_gives_the_shards_of_train_and_val_class_folders(
+    train: tuple[Path, Files], val: tuple[Path, Files], tmp_path: Path
+) -> None:
+    root = tmp_path / "imagenet-object-localization-challenge"
+    images = root / "ILSVRC/Data/CLS-LOC"
+    shutil.copytree(train[0], images / "train")
+    (root / "ILSVRC/Annotations/CLS-LOC/val").mkdir(parents=True)
+    (root / "ILSVRC/Annotations/CLS-LOC/val/x.xml").write_text("<annotation/>")
+    for folder in ("val", "test"):
+        (images / folder).mkdir()
+        for name, data in val[1].items():
+            (images / folder / name.split("/")[1].replace("_val_", f"_{folder}_")).write_bytes(data)
+    for name, data in val[1].items():
+        (tmp_path / "val" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "val" / name).write_bytes(data)
+    (root / "LOC_val_solution.csv").write_text(dict(label_texts(val[1]))["LOC_val_solution.csv"])
+    with pytest.raises(UserError, match=r"CLS-LOC: holds the folders test, train, val, which are splits"):
+        recognise(root, SourceOptions())
+    for split, folders in (("train", train[0]), ("val", tmp_path / "val")):
+        packed(folders, tmp_path / f"{split}_folders")
+        manifest = packed(root, tmp_path / f"{split}_kaggle", split=split)
+        assert tars(tmp_path / f"{split}_kaggle") == tars(tmp_path / f"{split}_folders")
+        assert manifest.num_classes == 4
+    assert packed(root, tmp_path / "test", split="test").class_names == ()
+
+
 def test_val_images_without_a_label_list_are_an_error_unless_labels_are_waived(
     val: tuple[Path, Files], tmp_path: Path
 ) -> None:
@@ -186,13 +216,119 @@ def test_a_flat_folder_is_packed_unlabelled_and_says_so(train: tuple[Path, Files
         (tmp_path / "flat").mkdir(exist_ok=True)
         (tmp_path / "flat" / name.split("/")[1]).write_bytes(data)
     (tmp_path / "flat/readme.txt").write_text("not an image")
+    (tmp_path / "flat/metadata.csv").write_text("file_name,label\n")
     manifest = packed(tmp_path / "flat", tmp_path / "out")
     assert manifest.source["kind"] == "a folder of images, unlabelled (label -1)"
     assert manifest.class_names == ()
     assert load_index(tmp_path / "out").label.tolist() == [-1] * 24
     source = recognise(tmp_path / "flat", SourceOptions())
     assert len(list(source.items())) == 24
-    assert source.ignored == {"*.txt": 1}
+    assert source.ignored == {"*.csv": 1, "*.txt": 1}
+    assert source.notes == ("Beside the images lies metadata.csv. --labels takes labels from such a table.",)
+
+
+@pytest.mark.parametrize("kind", ["folders", "tar", "class tars", "outer tar", "parquet"])
+def test_labels_none_packs_every_source_without_labels(train: tuple[Path, Files], tmp_path: Path, kind: str) -> None:
+    root, files = train
+    source = tmp_path / "in"
+    source.mkdir()
+    if kind == "folders":
+        source = root
+    elif kind == "class tars":
+        for name, data in class_tars(files).items():
+            (source / name).write_bytes(data)
+    elif kind == "parquet":
+        pytest.importorskip("pyarrow.parquet").write_table(hf_table(files), source / "x.parquet")
+    else:
+        (source / "x.tar").write_bytes(tar_of(files if kind == "tar" else class_tars(files)))
+    manifest = packed(source, tmp_path / "out", labels="none")
+    assert manifest.class_names == () and manifest.source["kind"].endswith(", unlabelled (label -1)")
+    index = load_index(tmp_path / "out")
+    assert set(index.uid.tolist()) == {name_uid(name) for name in files}
+    assert set(index.label.tolist()) == {-1}
+    if kind in ("folders", "tar"):
+        notes = recognise(source, SourceOptions(labels="none")).notes
+        assert notes == ("24 of 24 images lie in 4 subfolders.",)
+
+
+def samples(files: Files, *, describe: Callable[[str, int], Files], suffix: str = "jpg") -> bytes:
+    """A tar of WebDataset: each image by its file's name, and what `describe` says of its name and label."""
+    classes = sorted({name.split("/")[0] for name in files})
+    members: Files = {}
+    for name, data in files.items():
+        key = name.split("/")[1].removesuffix(".JPEG")
+        told = describe(name, classes.index(name.split("/")[0]))
+        members |= {f"{key}.{suffix}": data} | {f"{key}.{what}": text for what, text in told.items()}
+    return tar_of(members)
+
+
+DESCRIPTIONS: dict[str, Callable[[str, int], Files]] = {
+    "timm": lambda name, label: {
+        "cls": b"%d" % label,
+        "json": json.dumps({"filename": name.split("/")[1], "label": label}).encode(),
+    },
+    "firn": lambda name, label: {
+        "cls": b"%d" % label,
+        "json": json.dumps({"name": name, "wnid": name.split("/")[0], "width": 9, "height": 9}).encode(),
+    },
+    "json alone": lambda name, label: {"json": json.dumps({"label": label, "file_name": name}).encode()},
+    "names": lambda name, label: {
+        "cls": name.split("/")[0].encode() + b"\n",
+        "json": json.dumps({"name": name}).encode(),
+    },
+}
+
+
+@pytest.mark.parametrize("form", DESCRIPTIONS)
+def test_webdataset_tars_give_the_shards_of_the_class_folders(
+    train: tuple[Path, Files], tmp_path: Path, form: str
+) -> None:
+    root, files = train
+    expected = packed(root, tmp_path / "folders")
+    (tmp_path / "in").mkdir()
+    for number in range(3):
+        part = {name: files[name] for name in list(files)[number::3]}
+        data = samples(part, describe=DESCRIPTIONS[form])
+        (tmp_path / "in" / f"imagenet1k-train-{number:04d}.tar").write_bytes(data)
+    manifest = packed(tmp_path / "in", tmp_path / "out")
+    assert manifest.class_names == expected.class_names
+    assert tars(tmp_path / "out") == tars(tmp_path / "folders")
+    (tmp_path / "in/imagenet1k-validation-00.tar").write_bytes(data)
+    with pytest.raises(UserError, match=r"holds the splits \['train', 'validation'\]. Choose one by --split"):
+        packed(tmp_path / "in", tmp_path / "none")
+    assert packed(tmp_path / "in", tmp_path / "val", split="validation").num_rows == 8
+    (tmp_path / "one.tar").write_bytes(samples(files, describe=DESCRIPTIONS[form], suffix="jpeg"))
+    single = recognise(tmp_path / "one.tar", SourceOptions())
+    assert sorted(item.label for item in single.items()) == sorted([0, 1, 2, 3] * 6)
+
+
+def test_samples_without_labels_and_numbered_tars_are_never_a_class_a_tar(
+    train: tuple[Path, Files], tmp_path: Path
+) -> None:
+    captioned = samples(train[1], describe=lambda name, _: {"txt": b"a photo", "json": b'{"caption": "a photo"}'})
+    plain = tar_of({name.split("/")[1]: data for name, data in train[1].items()})
+    for folder, data in (("captions", captioned), ("plain", plain)):
+        (tmp_path / folder).mkdir()
+        for number in range(2):
+            (tmp_path / folder / f"{number:05d}.tar").write_bytes(data)
+    manifest = packed(tmp_path / "captions", tmp_path / "out")
+    assert (manifest.class_names, manifest.num_rows) == ((), 48)
+    assert manifest.source["kind"] == "2 tars of samples, unlabelled (label -1)"
+    (tmp_path / "splits").mkdir()
+    for split, part in (("train", list(train[1])[:12]), ("val", list(train[1])[12:])):
+        tree = tar_of({f"imagenet/{split}/{name}": train[1][name] for name in part})
+        (tmp_path / "splits" / f"{split}.tar").write_bytes(tree)
+    with pytest.raises(UserError, match=r"holds the splits \['train', 'val'\]"):
+        recognise(tmp_path / "splits", SourceOptions())
+    chosen = recognise(tmp_path / "splits", SourceOptions(split="val"))
+    assert {item.name for item in chosen.items()} == set(list(train[1])[12:])
+    (tmp_path / "outer.tar").write_bytes(tar_of({"train.tar": plain, "val.tar": plain}))
+    with pytest.raises(UserError, match=r"outer.tar: holds the tars train, val, which are splits, not classes"):
+        recognise(tmp_path / "outer.tar", SourceOptions())
+    with pytest.raises(UserError, match=r"a folder of 2 class tars called 00000, 00001 and so on, which may be parts"):
+        recognise(tmp_path / "plain", SourceOptions())
+    assert recognise(tmp_path / "plain", SourceOptions(labels="folders")).class_names == ("00000", "00001")
+    assert recognise(tmp_path / "plain", SourceOptions(labels="none")).class_names == ()
 
 
 def hf_table(files: Files, *, features: bool = True, paths: bool = True) -> Any:
@@ -235,6 +371,104 @@ def test_hugging_face_parquet_gives_the_shards_of_the_class_folders(train: tuple
         packed(tmp_path / "imagenet-1k", tmp_path / "none", split="test")
 
 
+def hf_files(folder: Path, files: Files, names: str) -> Any:
+    """Parquet files of these relative names, each with all images; returns the parquet module."""
+    parquet = pytest.importorskip("pyarrow.parquet")
+    for name in names.split():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        parquet.write_table(hf_table(files), folder / name)
+    return parquet
+
+
+@pytest.mark.parametrize(
+    ("names", "splits"),
+    [
+        ("train.parquet test.parquet", "train test"),
+        ("plain_text/train-00000-of-00001.parquet plain_text/test-00000-of-00001.parquet", "train test"),
+        ("default/train/0000.parquet default/train/0001.parquet default/validation/0000.parquet", "train validation"),
+        ("cifar_train.parquet cifar_test.parquet README.md", "train test"),
+        ("data/train-00000-of-00002.parquet data/train-00001-of-00002.parquet metadata.parquet", ""),
+    ],
+)
+def test_parquet_files_of_several_splits_are_never_one_set(
+    train: tuple[Path, Files], tmp_path: Path, names: str, splits: str
+) -> None:
+    root = tmp_path / "in"
+    parquet = hf_files(root, train[1], names.replace("README.md", ""))
+    if "metadata" in names:
+        import pyarrow
+
+        parquet.write_table(pyarrow.table({"file": ["x"], "label": [7]}), root / "metadata.parquet")
+    if splits:
+        with pytest.raises(UserError, match=f"holds the splits {str(sorted(splits.split()))[:-1]}".replace("[", r"\[")):
+            recognise(root, SourceOptions())
+    found = recognise(root, SourceOptions(split=splits.partition(" ")[0] or None))
+    taken = [name for name in names.split() if "train" in name]
+    assert [Path(container.path) for container in found.containers] == [root / name for name in taken]
+
+
+def test_parquet_files_that_do_not_belong_together_are_refused_by_name(
+    train: tuple[Path, Files], tmp_path: Path
+) -> None:
+    import pyarrow
+
+    parquet = hf_files(tmp_path / "in", train[1], "a.parquet b.parquet")
+    second, table = tmp_path / "in/b.parquet", hf_table(train[1])
+
+    def refused(message: str, **options: Any) -> None:
+        with pytest.raises(UserError, match=message):
+            packed(tmp_path / "in", tmp_path / "out", **options)
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+
+    refused(r"a.parquet: no column 'lable', but \['image', 'label'\]", label_column="lable")
+    parquet.write_table(table.rename_columns(["img", "label"]), second)
+    refused(r"b.parquet: no column 'image', but \['img', 'label'\]")
+    parquet.write_table(table.drop_columns("label"), second)
+    refused(r"b.parquet: no column 'label', but \['image'\]")
+    parquet.write_table(table.set_column(1, "label", pyarrow.array(["x"] * 24)), second)
+    refused(r"b.parquet: the labels in column 'label' are of type string")
+    parquet.write_table(hf_table(train[1], features=False), second)
+    refused(r"b.parquet: its classes are None, those of a.parquet \['n01440764")
+    parquet.write_table(table.set_column(1, "label", pyarrow.array([2_000_000_000] * 24)), second)
+    refused(r"b.parquet: row 0 has the label 2000000000. Labels are 0 to 1048575, -1 where unknown")
+    parquet.write_table(table, second, compression="none", use_dictionary=False, row_group_size=6)
+    content = bytearray(second.read_bytes())
+    content[4:40] = b"\xff" * 36  # the header of the first page
+    second.write_bytes(content)
+    refused(r"b.parquet: damaged after row 0 \(.*Get the file again")
+    parquet.write_table(table.slice(0, 0), second)
+    assert packed(tmp_path / "in", tmp_path / "out").num_rows == 24
+    parquet.write_table(table.slice(0, 0), tmp_path / "in/a.parquet")
+    with pytest.raises(UserError, match=r"in: 2 parquet files without a row"):
+        packed(tmp_path / "in", tmp_path / "none")
+
+
+def test_two_classes_of_one_name_stay_two(train: tuple[Path, Files], tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = hf_table(train[1])
+    info = {"info": {"features": {"label": {"names": ["crane", "dog", "crane", "ant"]}}}}
+    parquet.write_table(table.replace_schema_metadata({"huggingface": json.dumps(info)}), tmp_path / "x.parquet")
+    manifest = packed(tmp_path / "x.parquet", tmp_path / "out")
+    assert manifest.class_names == ("crane#0", "dog", "crane#2", "ant")
+    assert np.bincount(load_index(tmp_path / "out").label).tolist() == [6, 6, 6, 6]
+
+
+def test_parquet_beside_images_wins_only_where_it_holds_the_images(train: tuple[Path, Files], tmp_path: Path) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    shutil.copytree(train[0], tmp_path / "in")
+    parquet.write_table(pyarrow.table({"image": ["a/1.jpg"] * 99, "label": [0] * 99}), tmp_path / "in/metadata.parquet")
+    assert recognise(tmp_path / "in", SourceOptions()).kind == "class folders (4 classes)"
+    hf_files(tmp_path / "in", train[1], "data/train-00000-of-00001.parquet")
+    with pytest.raises(UserError, match=r"24 images, and parquet files of 24 rows with images.*--ignore '\*.parquet'"):
+        recognise(tmp_path / "in", SourceOptions())
+    assert recognise(tmp_path / "in", SourceOptions(ignore=("*.parquet",))).kind == "class folders (4 classes)"
+    assert recognise(tmp_path / "in/data", SourceOptions()).kind == "1 parquet files"
+    for folder in train[0].iterdir():
+        shutil.rmtree(tmp_path / "in" / folder.name)
+    (tmp_path / "in/logo.png").write_bytes(b"x")
+    assert recognise(tmp_path / "in", SourceOptions()).kind == "1 parquet files"
+
+
 def test_parquet_without_names_paths_or_labels_is_packed_by_row(train: tuple[Path, Files], tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
     files = train[1]
@@ -247,6 +481,10 @@ def test_parquet_without_names_paths_or_labels_is_packed_by_row(train: tuple[Pat
     assert by_uid == {name_uid(f"images/{row:08d}"): row // 6 for row in range(24)}
     parquet.write_table(hf_table(files).drop_columns("label"), source)
     assert packed(source, tmp_path / "unlabelled").source["kind"] == "1 parquet files, unlabelled (label -1)"
+    parquet.write_table(hf_table(files).rename_columns(["image", "fine_label"]), source)
+    assert recognise(source, SourceOptions()).notes[0].startswith("Integers without a use: fine_label. --label-column")
+    assert recognise(source, SourceOptions(label_column="fine_label")).kind == "1 parquet files"
+    parquet.write_table(hf_table(files).drop_columns("label"), source)
     with pytest.raises(UserError, match=r"no column 'img', but \['image'\]"):
         packed(source, tmp_path / "none", image_column="img")
 

@@ -276,8 +276,7 @@ class DistillStep(nn.Module):
         """Terms on the student's own tokens: KoLeo of each global crop [g, b, d], relations of patch tokens."""
         weights, terms = self.weights, {}
         if weights.koleo_loss_weight:
-            crops = [losses.koleo_loss(crop, all_ranks=weights.koleo_all_ranks) for crop in cls]
-            terms["koleo"] = torch.stack(crops).sum()  # over the global crops, as Meta weighs it
+            terms["koleo"] = losses.koleo_loss(cls, all_ranks=weights.koleo_all_ranks)
         if weights.spd_loss_weight:
             eps, backend, reduction = weights.spd_eps, weights.spd_backend, weights.spd_reduction
             with torch.no_grad():

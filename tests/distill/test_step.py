@@ -68,7 +68,7 @@ def test_terms_equal_the_losses_of_timms_own_forward_image_by_image(
     projected = step.cls_head.projection(cls[: 2 * b])
     mean = prototypes.cls.mean
     assert_close(terms["cls"], losses.cls_loss(projected - mean, teacher_cls - mean), **FP32_NOISE)
-    koleo = losses.koleo_loss(cls[:b]) + losses.koleo_loss(cls[b : 2 * b])
+    koleo = losses.koleo_loss(cls[None, :b]) + losses.koleo_loss(cls[None, b : 2 * b])
     assert_close(terms["koleo"], koleo, rtol=1e-3, atol=1e-4)  # log of distances near 0: noise over the distance
     teacher_log = spd_logm(token_spd(torch.cat([inputs.teacher_patches[:, 0], inputs.teacher_patches[:, 1]])))
     assert_close(terms["spd"], log_euclidean_loss(patches, teacher_log), **FP32_NOISE)

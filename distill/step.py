@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from distill import losses
 from distill.config import LossConfig, StudentConfig
-from distill.heads import create_head, create_proteus_heads
+from distill.heads import centred_projection, create_head, create_proteus_heads
 from distill.models import (
     check_plain_student,
     cls_and_patches,
@@ -195,8 +195,11 @@ class DistillStep(nn.Module):
             cls, patches, masked = self._student_tokens(global_crops, local_crops, masks)
             dino = self._dino_logits(cls, teacher_cls, cls_temp) if self.weights.dino_loss_weight else None
             ibot = self._ibot_logits(patches, teacher_patches, masked_indices, patch_temp)
-            projected_cls = self.cls_head.projection(cls[: g * b]) if self.uses_cls_projection else None
-            projected_patches = self.patch_head.projection(patches) if self.uses_patch_projection else None
+            projected_cls = projected_patches = None
+            if self.uses_cls_projection:
+                projected_cls = centred_projection(self.cls_head, cls[: g * b], self.cls_bank)
+            if self.uses_patch_projection:
+                projected_patches = centred_projection(self.patch_head, patches, self.patch_bank)
             proteus = self._proteus_pairs(cls[: g * b], patches, masked, masked_indices, teacher_cls, teacher_patches)
         terms: dict[str, Tensor] = {}
         parts: dict[str, Tensor] = {}
@@ -291,19 +294,19 @@ class DistillStep(nn.Module):
     def _regression_terms(
         self, cls: Tensor | None, patches: Tensor | None, teacher_cls: Tensor, teacher_patches: Tensor
     ) -> dict[str, Tensor]:
-        """Terms on tokens projected into the teacher's space, after its mean (and scale) is taken out."""
+        """Terms on tokens projected into the teacher's space, its mean taken out of the student's (`cls`, `patches`)."""
         weights, terms = self.weights, {}
         if cls is not None and weights.cls_loss_weight:
-            terms["cls"] = losses.cls_loss(cls.float() - self.cls_bank.mean, teacher_cls.float() - self.cls_bank.mean)
+            terms["cls"] = losses.cls_loss(cls, teacher_cls.float() - self.cls_bank.mean)
         if patches is not None and weights.softmax_gram_loss_weight:
-            terms["softmax_gram"] = losses.softmax_gram_loss(patches, teacher_patches)
+            terms["softmax_gram"] = losses.softmax_gram_loss(patches.float() + self.patch_bank.mean, teacher_patches)
         if patches is not None and (weights.patch_loss_weight or weights.mse_loss_weight):
-            student, teacher = self.patch_bank.standardise(patches), self.patch_bank.standardise(teacher_patches)
+            student, teacher = patches.float() / self.patch_bank.std, self.patch_bank.standardise(teacher_patches)
             if weights.patch_loss_weight:
                 terms["patch"] = losses.patch_regression_loss(student, teacher)
             if weights.mse_loss_weight:
                 assert cls is not None
-                cls_error = F.mse_loss(self.cls_bank.standardise(cls), self.cls_bank.standardise(teacher_cls))
+                cls_error = F.mse_loss(cls.float() / self.cls_bank.std, self.cls_bank.standardise(teacher_cls))
                 terms["mse"] = cls_error + F.mse_loss(student, teacher)
         return terms
 

@@ -294,7 +294,7 @@ class DistillStep(nn.Module):
     def _regression_terms(
         self, cls: Tensor | None, patches: Tensor | None, teacher_cls: Tensor, teacher_patches: Tensor
     ) -> dict[str, Tensor]:
-        """Terms on tokens projected into the teacher's space, its mean taken out of the student's (`cls`, `patches`)."""
+        """Terms on tokens projected into the teacher's space; of `cls` and `patches` its mean is taken out already."""
         weights, terms = self.weights, {}
         if cls is not None and weights.cls_loss_weight:
             terms["cls"] = losses.cls_loss(cls, teacher_cls.float() - self.cls_bank.mean)

@@ -180,8 +180,6 @@ class DataConfig(CropOptions, ReadOptions):
     """Folder of training shards, written by `make shards`."""
     val_data_path: str | None = None
     """Folder of validation shards: k-NN during training and `make probe`."""
-    num_threads: int | None = 4
-    """Decoding threads of a process. None: one a core, at most 8."""
     on_bad_sample: Literal["raise", "skip"] = "raise"
     """What to do with a sample that fails to decode."""
     skip_budget: float = 0.001

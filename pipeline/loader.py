@@ -320,7 +320,6 @@ class _Stream:
         )
 
     def _job(self, epoch: int, step: int) -> Job:
-        s = self._settings
         order, positions = self._order(epoch), self._positions(step)
         rows = order[positions.start : positions.stop]
         bad = [i for i, row in enumerate(rows.tolist()) if row in self._failures.reasons]

@@ -326,7 +326,7 @@ def token_stream(
 ) -> Iterator[TeacherTargets]:
     """Stream the teacher's tokens of view set 0, in the order of the shards (which is shuffled once)."""
     if cache is not None:
-        yield from cache.tokens(0)
+        yield from cache.tokens(0, device=ranks.device, dtype=torch.float32)
         return
     assert teacher is not None
     rows = min(config.fitted_prototypes().prototype_rows, load_manifest(config.data.data_path).num_rows)

@@ -20,6 +20,7 @@ from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from common.errors import UserError
 from common.files import write_atomic
@@ -255,15 +256,19 @@ def _collect(
 ) -> tuple[Tensor, Tensor]:
     """Keep every cls token and `_PATCHES_PER_CROP` random patch tokens of each crop, fp32 on the CPU."""
     cls, patches, seen = [], [], 0
-    for targets in stream:
-        tokens = targets.patches.flatten(0, 1).float().cpu()  # [b*g, n, d]
-        draws = torch.rand(tokens.shape[:2], generator=generator)
-        chosen = draws.topk(min(_PATCHES_PER_CROP, tokens.shape[1]), dim=1).indices
-        patches.append(tokens[torch.arange(tokens.shape[0])[:, None], chosen].flatten(0, 1))
-        cls.append(targets.cls.flatten(0, 1).float().cpu())
-        seen += targets.cls.shape[0]
-        if seen >= config.prototype_rows:
-            break
+    with tqdm(desc="tokens for prototypes", unit="images", total=config.prototype_rows, disable=None) as bar:
+        for targets in stream:
+            tokens = targets.patches.flatten(0, 1)  # [b*g, n, d]
+            draws = torch.rand(tokens.shape[:2], generator=generator)
+            chosen = draws.topk(min(_PATCHES_PER_CROP, tokens.shape[1]), dim=1).indices.to(tokens.device)
+            # Chosen where they are: of 196 tokens of a crop 194 need not travel.
+            kept = tokens.gather(1, chosen[..., None].expand(-1, -1, tokens.shape[2]))
+            patches.append(kept.flatten(0, 1).float().cpu())
+            cls.append(targets.cls.flatten(0, 1).float().cpu())
+            seen += len(targets.cls)
+            bar.update(len(targets.cls))
+            if seen >= config.prototype_rows:
+                break
     if not cls:
         raise UserError("prototypes: the teacher's token stream was empty. Check that the shards hold images.")
     return torch.cat(cls), torch.cat(patches)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -108,6 +109,14 @@ def test_clusters_without_members_are_seeded_anew() -> None:
         generator = torch.Generator().manual_seed(seed)
         centres = spherical_kmeans(unit, 3, iterations=6, generator=generator)
         assert (unit @ centres.T).amax(1).min() > 0.999
+
+
+def test_a_terminal_sees_how_far_the_reading_of_tokens_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr("sys.stderr", terminal)
+    fit_prototypes(clustered_tokens(256), CONFIG, seed=0, fingerprint={}, device=CPU)
+    assert "tokens for prototypes" in terminal.getvalue() and "256/256" in terminal.getvalue()
 
 
 def test_the_same_seed_gives_the_same_prototypes_and_another_seed_others() -> None:

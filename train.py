@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 
+from cache_tools.build import ENGINE, decoder_name
 from cache_tools.fingerprint import cache_fingerprint
 from cache_tools.read import TeacherCache
 from common.errors import UserError, run_command
@@ -58,6 +59,8 @@ from pipeline.loader import MultiCropLoader, open_loader
 from pipeline.readers import in_batches, read_teacher_crops
 from shards.manifest import load_manifest
 
+_log = logging.getLogger(__name__)
+
 
 def train(config: TrainConfig, ranks: Ranks) -> None:
     """Train until the last step, a stop signal, or an error. The run's folder holds all that it leaves."""
@@ -69,7 +72,7 @@ def train(config: TrainConfig, ranks: Ranks) -> None:
     check_losses(config, ranks)
 
     # Teacher outputs: from the cache, or live. Both give TeacherTargets.
-    cache = open_cache(config) if config.teacher.cache_path else None
+    cache = open_cache(config, ranks) if config.teacher.cache_path else None
     teacher = None if config.uses_cache() else live_teacher(config, ranks)
     prototypes = obtain_prototypes(config, run_dir, cache, teacher, ranks)
 
@@ -219,13 +222,24 @@ def compile_now(
     log.say(f"compiled in {time.perf_counter() - start:.0f} s")
 
 
-def open_cache(config: TrainConfig) -> TeacherCache:
-    """Open the cache, refusing one that was made from other crops or other shards."""
+def open_cache(config: TrainConfig, ranks: Ranks) -> TeacherCache:
+    """Open the cache, refusing one that was made from other crops or shards, or by the other decoder of a GPU."""
     path = config.teacher.cache_path
     assert path is not None
     manifest = load_manifest(config.data.data_path)
     expect = cache_fingerprint(manifest=manifest, augmentation=config.crops(), seed=config.data.data_seed)
-    return TeacherCache.open(path, expect=expect)
+    cache = TeacherCache.open(path, expect=expect)
+    ours = decoder_name(config.data.backend, ranks.device, hw_decoder=config.data.hw_decoder)
+    theirs = cache.fingerprint["decoder"]
+    if ours.endswith(ENGINE) != theirs.endswith(ENGINE):
+        advice = "Leave --hw_decoder out" if ours.endswith(ENGINE) else "Give --hw_decoder"
+        raise UserError(
+            f"{path}: the teacher saw crops decoded by {theirs}, this run decodes by {ours}, whose pixels differ. "
+            f"{advice}, or build another cache in an empty folder."
+        )
+    if ours != theirs and ranks.is_main:
+        _log.warning("%s: the teacher saw crops of %s, the student sees those of %s: nearly equal", path, theirs, ours)
+    return cache
 
 
 def live_teacher(config: TrainConfig, ranks: Ranks) -> FrozenTeacher:

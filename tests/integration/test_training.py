@@ -327,6 +327,33 @@ def test_a_cache_of_other_crops_is_refused_before_training(
         train.train(config, Ranks(0, 1, torch.device("cpu")))
 
 
+@pytest.mark.parametrize(
+    ("ours", "theirs", "advice"),
+    [("dali-cuda-engine", "dali-cuda", "Leave --hw_decoder out"), ("dali-cuda", "dali-cuda-engine", "Give --hw_decod")],
+)
+def test_a_cache_of_the_other_decoder_of_a_gpu_is_refused(
+    workplace: Workplace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ours: str, theirs: str, advice: str
+) -> None:
+    opened = TeacherCache.open(workplace.cache)
+    opened.fingerprint["decoder"] = theirs
+    monkeypatch.setattr(TeacherCache, "open", lambda *_, **__: opened)
+    monkeypatch.setattr(train, "decoder_name", lambda *_, **__: ours)
+    config = parse_config(workplace.flags(tmp_path / "run", "--cache_path", workplace.cache))
+    with opened, pytest.raises(UserError, match=f"decoded by {theirs}, this run decodes by {ours}.*{advice}"):
+        train.open_cache(config, Ranks(0, 1, torch.device("cpu")))
+
+
+def test_a_cache_of_another_backend_is_taken_with_a_word(
+    workplace: Workplace, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for backend in ("dali", "cpu"):
+        config = parse_config(workplace.flags(tmp_path, "--cache_path", workplace.cache, "--backend", backend))
+        train.open_cache(config, Ranks(0, 1, torch.device("cpu"))).close()
+    said = [record.getMessage() for record in caplog.records if record.name == "train"]
+    mixed = "the teacher saw crops of dali-cpu, the student sees those of cpu-cpu: nearly equal"
+    assert said == [f"{workplace.cache}: {mixed}"]
+
+
 def test_a_run_that_is_not_finite_stops_with_a_replay_file_and_no_bad_weight(
     workplace: Workplace, tmp_path: Path
 ) -> None:

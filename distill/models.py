@@ -14,6 +14,7 @@ from timm.layers import Mlp, RotaryEmbeddingDinoV3, apply_rot_embed_cat
 from timm.models.eva import Eva, EvaBlock
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
+from torch.utils.checkpoint import checkpoint
 
 from common.errors import UserError
 from distill.config import StudentConfig
@@ -232,7 +233,10 @@ def packed_tokens(
     packed = packed.to(torch.promote_types(packed.dtype, torch.float32))
     rope = torch.cat([r.repeat(b, 1) for r, (b, _) in zip(ropes, shapes, strict=True)])[:, None]  # [sum of b*t, 1, e]
     for block in model.blocks:
-        packed = _packed_block(block, packed, shapes, rope)
+        if model.grad_checkpointing:
+            packed = checkpoint(_packed_block, block, packed, shapes, rope, use_reentrant=False)
+        else:
+            packed = _packed_block(block, packed, shapes, rope)
     return [part.unflatten(0, s) for part, s in zip(_parts(model.norm(packed), shapes), shapes, strict=True)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 
@@ -149,6 +150,30 @@ def test_inductors_gradients_are_those_of_the_eager_step(
 ) -> None:
     configure_torch(RuntimeConfig(), torch.device("cpu"))
     check_compiled_gradients(compiled(make_step(autocast=autocast), "inductor"), inputs, scalars, autocast=autocast)
+
+
+def test_the_eager_step_of_the_gate_keeps_little_memory_and_the_same_gradients(
+    make_step: MakeStep, inputs: StepInputs, scalars: StepScalars
+) -> None:
+    step = make_step(depth=6, drop_path_rate=0.3)
+    found = []
+    for recomputing in (contextlib.nullcontext(), gradients._recomputing(step.student)):
+        kept: dict[int, int] = {}
+
+        def keep(x: Tensor, kept: dict[int, int] = kept) -> Tensor:
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        torch.manual_seed(0)
+        with recomputing, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            loss, _ = step(*inputs, *scalars)
+            held = sum(kept.values())
+            loss.backward()
+        found.append((held, [p.grad.clone() for p in step.parameters() if p.grad is not None]))
+        step.zero_grad()
+    assert found[1][0] < 0.5 * found[0][0]
+    assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))
+    assert not step.student.grad_checkpointing
 
 
 def test_the_gradient_gate_names_the_parameter_whose_compiled_gradient_is_wrong(

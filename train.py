@@ -437,7 +437,8 @@ def describe_start(
 ) -> str:
     """Return the line that says what begins, and on what."""
     side = config.data.global_crops_size // config.student.patch_size
-    reduction = plan_reduction((side, side), method=config.losses.spd_reduction)
+    losses = config.losses
+    reduction = plan_reduction((side, side), method=losses.spd_reduction, limit=losses.spd_max_tokens)
     source = f"targets from {config.teacher.cache_path}" if config.uses_cache() else "live teacher"
     mode = f"compiled by {config.runtime.compile_backend}" if compiles(config.runtime, ranks.device) else "eager"
     begins = f"resumes at step {first_step}" if first_step else "begins"
@@ -448,12 +449,12 @@ def describe_start(
         grids = f"; its {teacher_side} x {teacher_side} patch tokens resampled to the student's {side} x {side}"
     crops = config.crops()
     unread = "" if crops.num_local_crops == config.data.local_crops_number else ", no local crops, which no loss reads"
-    if config.optim.accumulation_steps > 1 and config.losses.koleo_loss_weight:
+    if config.optim.accumulation_steps > 1 and losses.koleo_loss_weight:
         koleo = f". KoLeo looks for neighbours within each of the {config.optim.accumulation_steps} micro-batches"
     return (
         f"{config.runtime.output_dir} {begins}: {total_steps} steps of "
         f"{config.optim.batch_size_per_gpu * ranks.world_size} images on {ranks.world_size} x {ranks.device.type}, "
-        f"{source}{grids}{unread}, {mode}{plain}. {reduction if config.losses.spd_loss_weight else 'No SPD loss'}"
+        f"{source}{grids}{unread}, {mode}{plain}. {reduction if losses.spd_loss_weight else 'No SPD loss'}"
         f"{koleo}"
     )
 

@@ -131,7 +131,10 @@ class LossConfig:
     spd_eps: float = 1.0
     """Added to the diagonal of the token Gram matrix."""
     spd_reduction: Literal["pool", "sample"] = "pool"
-    """What makes at most 256 tokens of a larger patch grid: the mean of a window, or the token at its middle."""
+    """What makes spd_max_tokens of a larger patch grid: the mean of a window, or the token at its middle."""
+    spd_max_tokens: int = 256
+    """Patch tokens of a crop that the SPD loss takes, at most. 49 or 64 pool 14 x 14 to 7 x 7, for which a GPU takes
+    the eigendecomposition, fused into one launch; above 64 it takes the resolvent."""
     spd_backend: Literal["auto", "eigh", "resolvent"] = "auto"
     """Implementation of the matrix logarithm."""
 
@@ -236,7 +239,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
         "batch_size_per_gpu", "accumulation_steps", "max_steps", "log_every", "keep_checkpoints", "knn_max_rows",
         "prototype_rows", "view_sets",
     )),
-    ("2 or more", lambda x: x >= 2, ("num_prototypes",)),
+    ("2 or more", lambda x: x >= 2, ("num_prototypes", "spd_max_tokens")),
     ("at least 0 and below 1", lambda x: 0 <= x < 1, ("beta1", "beta2", "ema_momentum", "drop_path_rate")),
     ("between 0 and 1", lambda x: 0 < x < 1, ("target_top1_mass",)),
 )  # fmt: skip

@@ -81,7 +81,7 @@ def fp32_product(x: Float[Tensor, "*b d"], weight: Float[Tensor, "k d"]) -> Floa
     if not torch.is_autocast_enabled(device):
         return F.linear(x, weight)
     dtype = torch.get_autocast_dtype(device)
-    product: Tensor = _Fp32Product.apply(x.flatten(0, -2).to(dtype), weight.to(dtype))  # type: ignore[no-untyped-call]
+    product: Tensor = _Fp32Product.apply(x.flatten(0, -2).to(dtype), weight.to(dtype))
     return product.unflatten(0, x.shape[:-1])
 
 

@@ -188,14 +188,15 @@ def wrap_step(step: nn.Module, config: RuntimeConfig, ranks: Ranks) -> nn.Module
         step.compile(backend=config.compile_backend, fullgraph=True, dynamic=False)
     if ranks.world_size == 1:
         return step
-    ddp = nn.parallel.DistributedDataParallel
+    ddp: Any = nn.parallel.DistributedDataParallel
     renamed = "forward_sync_buffers" in inspect.signature(ddp).parameters  # by torch 2.13, where the old name warns
-    return ddp(
+    wrapped: nn.Module = ddp(
         step,
         device_ids=[ranks.device.index] if ranks.device.type == "cuda" else None,
         gradient_as_bucket_view=True,
         **{"forward_sync_buffers" if renamed else "broadcast_buffers": False},
     )
+    return wrapped
 
 
 class StopSignal:

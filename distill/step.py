@@ -281,11 +281,12 @@ class DistillStep(nn.Module):
         if weights.koleo_loss_weight:
             terms["koleo"] = losses.koleo_loss(cls, all_ranks=weights.koleo_all_ranks)
         if weights.spd_loss_weight:
-            eps, backend, reduction = weights.spd_eps, weights.spd_backend, weights.spd_reduction
+            eps, backend = weights.spd_eps, weights.spd_backend
+            reduction = weights.spd_reduction, weights.spd_max_tokens
             with torch.no_grad():
-                teacher_tokens = reduce_tokens(teacher_patches, self.patch_grid, reduction)
+                teacher_tokens = reduce_tokens(teacher_patches, self.patch_grid, *reduction)
                 teacher_log = spd_logm(token_spd(teacher_tokens, eps=eps), eps=eps, backend=backend)
-            student_tokens = reduce_tokens(patches, self.patch_grid, reduction)
+            student_tokens = reduce_tokens(patches, self.patch_grid, *reduction)
             terms["spd"] = log_euclidean_loss(student_tokens, teacher_log, eps=eps, backend=backend)
         if weights.gram_loss_weight:
             terms["gram"] = losses.gram_loss(patches, teacher_patches)

@@ -251,6 +251,13 @@ def test_more_than_256_patches_are_reduced_alike_for_student_and_teacher(
         teacher = step.student.forward_features(normalise(crops))[None, :, 5:]  # the student's own tokens
         terms = big._token_terms(teacher[:, :, 0], teacher[0], teacher[0])
         doubled = big._token_terms(teacher[:, :, 0], teacher[0], teacher[0].flip(1))
+    fewer = dataclasses.replace(weights, spd_max_tokens=64)
+    big.weights = fewer
+    pooled = big._token_terms(teacher[:, :, 0], teacher[0], teacher[0].flip(1))["spd"]
+    by_hand = [F.avg_pool2d(x.mT.unflatten(2, (20, 20)), 3, ceil_mode=True) for x in (teacher[0], teacher[0].flip(1))]
+    ours, theirs = (x.flatten(2).mT for x in by_hand)
+    assert ours.shape[1] == 49
+    assert_close(pooled, log_euclidean_loss(ours, spd_logm(token_spd(theirs))), **FP32_NOISE)
     # 20 x 20 patches, averaged in windows to 10 x 10: equal tokens give no loss, misplaced ones do.
     assert terms["spd"].item() == pytest.approx(0.0, abs=1e-6)
     assert doubled["spd"].item() > 1e-3

@@ -47,6 +47,9 @@ class StudentConfig:
     """Initial LayerScale, if not the architecture's own (1e-5 in the DINOv3 family)."""
     drop_path_rate: float = 0.0
     """Stochastic depth. Meta's distillation uses none."""
+    residual: Literal["fp32", "bf16"] = "fp32"
+    """Under bf16 autocast, what the blocks of a packed student add to. bf16 moves fewer bytes; with a LayerScale of
+    1e-5 it loses what they add at first."""
     head: Literal["linear", "mlp"] = "linear"
     """linear: student width -> teacher width, sharing the frozen prototypes. mlp: DINO's three-layer head."""
     mlp_head_hidden_dim: int = 2048
@@ -205,6 +208,8 @@ class RuntimeConfig:
     """torch.compile of the whole step; --no_compile runs eager. None: on a GPU, where it pays."""
     compile_backend: str = "inductor"
     """Backend of torch.compile."""
+    combo_kernels: bool = False
+    """Compiled on a GPU: let Inductor join small kernels that do not depend on each other into one launch."""
     check_compile: bool = False
     """Compare the compiled gradients with eager ones on the first batch, per parameter, and stop if they differ."""
     log_every: int = 50

@@ -209,6 +209,7 @@ def packed_tokens(
     *,
     masks: Sequence[Bool[Tensor, "b n"] | None] | None = None,
     mask_token: Float[Tensor, " d"] | None = None,
+    residual_in_fp32: bool = True,
 ) -> list[Float[Tensor, "b t d"]]:
     """Run one ViT over crops of several sizes at once.
 
@@ -221,6 +222,8 @@ def packed_tokens(
         ropes: `rope_table` of each batch's size.
         masks: for each batch the patches to replace by `mask_token`, or None.
         mask_token: embedding of a masked patch; needed with `masks`.
+        residual_in_fp32: keep what the blocks add to in fp32 under autocast too. A block with a LayerScale of 1e-5
+            adds less than bf16's rounding.
 
     Returns:
         Final-norm tokens of each size: class token, registers, patches.
@@ -229,8 +232,8 @@ def packed_tokens(
     sequences = [_embed(model, x, mask, mask_token) for x, mask in pairs]  # each [b, t, d]
     shapes = [(x.shape[0], x.shape[1]) for x in sequences]
     packed = torch.cat([x.flatten(0, 1) for x in sequences])  # [sum of b*t, d]
-    # Under autocast the residual stream is fp32: what a block with a LayerScale of 1e-5 adds is below bf16's rounding.
-    packed = packed.to(torch.promote_types(packed.dtype, torch.float32))
+    if residual_in_fp32:
+        packed = packed.to(torch.promote_types(packed.dtype, torch.float32))
     rope = torch.cat([r.repeat(b, 1) for r, (b, _) in zip(ropes, shapes, strict=True)])[:, None]  # [sum of b*t, 1, e]
     for block in model.blocks:
         if model.grad_checkpointing:
@@ -261,7 +264,7 @@ def _packed_block(block: Any, x: Tensor, shapes: Sequence[tuple[int, int]], rope
     q, k = attention.q_norm(q), attention.k_norm(k)
     q, k = (apply_rot_embed_cat(y, rope, half=attention.rotate_half).type_as(v) for y in (q, k))
     mixed = attention.norm(_attend(q, k, v, shapes).flatten(1))
-    x = x + _drop(block.drop_path1, _scaled_linear(attention.proj, block.gamma_1, mixed), shapes)
+    x = x + _drop(block.drop_path1, _scaled_linear(attention.proj, block.gamma_1, mixed), shapes).to(x.dtype)
     mlp = block.mlp
     if isinstance(mlp, Mlp):
         hidden = mlp.norm(mlp.act(_normed_linear(block.norm2, mlp.fc1, x)))
@@ -269,7 +272,7 @@ def _packed_block(block: Any, x: Tensor, shapes: Sequence[tuple[int, int]], rope
     else:  # SwiGLU: two layers behind the norm
         y = mlp(block.norm2(x))
         y = y if block.gamma_2 is None else block.gamma_2 * y
-    return x + _drop(block.drop_path2, y, shapes)
+    return x + _drop(block.drop_path2, y, shapes).to(x.dtype)
 
 
 def _affine_norm(norm: Any, x: Tensor) -> Tensor:
@@ -289,7 +292,7 @@ def _normed_linear(norm: Any, linear: Any, x: Tensor) -> Tensor:
 def _standardised(x: Tensor, eps: float) -> Tensor:
     """LayerNorm without an affine map, in the dtype of the product that reads it."""
     on = torch.is_autocast_enabled(x.device.type)
-    y: Tensor = _Standardise.apply(x, eps, torch.get_autocast_dtype(x.device.type) if on else x.dtype)  # type: ignore[no-untyped-call]
+    y: Tensor = _Standardise.apply(x, eps, torch.get_autocast_dtype(x.device.type) if on else x.dtype)
     return y
 
 
@@ -298,6 +301,8 @@ class _Standardise(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+        ctx.dtype = x.dtype
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
         variance, mean = torch.var_mean(x, dim=-1, correction=0, keepdim=True)
         scale = torch.rsqrt(variance + eps)
         y = ((x - mean) * scale).to(dtype)
@@ -309,7 +314,7 @@ class _Standardise(torch.autograd.Function):
         y, scale = ctx.saved_tensors
         y, gradient = y.to(scale.dtype), gradient.to(scale.dtype)
         along = gradient.mean(-1, keepdim=True) + y * (gradient * y).mean(-1, keepdim=True)
-        return scale * (gradient - along), None, None
+        return (scale * (gradient - along)).to(ctx.dtype), None, None
 
 
 def _scaled_linear(linear: Any, gamma: Tensor | None, x: Tensor) -> Tensor:

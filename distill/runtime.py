@@ -153,6 +153,7 @@ def configure_torch(config: RuntimeConfig, device: torch.device) -> bool:
         # Its fused LayerNorm gradient is wrong in some graphs (PyTorch issue 193061).
         if hasattr(inductor_config.triton, "mix_order_reduction"):
             inductor_config.triton.mix_order_reduction = False
+        inductor_config.combo_kernels = config.combo_kernels
     gc.freeze()
     # A feeder thread shares this process with a loop that is busy in Python; the default of 5 ms starves it.
     sys.setswitchinterval(1e-3)

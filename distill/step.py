@@ -165,6 +165,7 @@ class DistillStep(nn.Module):
         self.weights = weights
         self.student_temp = student_temp
         self.mask_student_input = config.mask_student_input
+        self.residual_in_fp32 = config.residual == "fp32"
         self.autocast = autocast
 
     def forward(self, *tensors: Tensor) -> tuple[Float[Tensor, ""], Float[Tensor, " metrics"]]:
@@ -242,6 +243,7 @@ class DistillStep(nn.Module):
             ropes,  # type: ignore[arg-type]
             masks=masked,
             mask_token=self.mask_token,
+            residual_in_fp32=self.residual_in_fp32,
         )
         prefix = int(self.student.num_prefix_tokens)  # type: ignore[arg-type]
         cls = torch.cat([x[:, 0] for x in sequences[:views]])

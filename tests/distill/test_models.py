@@ -56,9 +56,9 @@ def test_packed_pass_equals_one_timm_pass_per_size_in_values_and_gradients(
         assert (a - b).norm() / scale < 1e-4, name
 
 
-@pytest.mark.parametrize("layer_scale", [1.0, 1e-5])
+@pytest.mark.parametrize(("layer_scale", "in_fp32"), [(1.0, True), (1e-5, True), (1.0, False)])
 def test_a_packed_pass_in_bf16_has_no_larger_errors_than_timms(
-    student_config: StudentConfig, layer_scale: float
+    student_config: StudentConfig, layer_scale: float, in_fp32: bool
 ) -> None:
     model = create_student(dataclasses.replace(student_config, layer_scale=layer_scale), seed=3)
     generator = torch.Generator().manual_seed(0)
@@ -74,7 +74,8 @@ def test_a_packed_pass_in_bf16_has_no_larger_errors_than_timms(
         judged.zero_grad()
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=not exact):
             if packed:
-                tokens = packed_tokens(judged, images, [rope_table(judged, 48), rope_table(judged, 24)])
+                ropes = [rope_table(judged, 48), rope_table(judged, 24)]
+                tokens = packed_tokens(judged, images, ropes, residual_in_fp32=in_fp32)
             else:
                 tokens = [judged.forward_features(x) for x in images]
         sum((t * w).sum() for t, w in zip(tokens, weights, strict=True)).backward()
@@ -85,9 +86,12 @@ def test_a_packed_pass_in_bf16_has_no_larger_errors_than_timms(
         torch.stack([(a - b).norm() / b.norm() for a, b in zip(gradients(packed), exact, strict=True)])
         for packed in (True, False)
     ]
-    # Both round the same sums at other places: the errors are alike over some 50 parameters.
-    assert errors[0].median() <= 1.25 * errors[1].median()
-    assert errors[0].max() <= 1.5 * errors[1].max()
+    # Both round the same sums at other places: the errors are alike over some 50 parameters. A stream in bf16 rounds
+    # at each of six more additions, to 2^-9 of all that was added before.
+    more = 1.0 if in_fp32 else 2.5
+    assert errors[0].median() <= 1.25 * more * errors[1].median()
+    assert errors[0].max() <= 1.5 * more * errors[1].max()
+    assert in_fp32 or errors[0].median() > 1.1 * errors[1].median()
 
 
 def test_one_attention_over_packed_crops_of_several_sizes_is_that_of_each(monkeypatch: pytest.MonkeyPatch) -> None:

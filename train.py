@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 
+from cache_tools.build import ENGINE, decoder_name
 from cache_tools.fingerprint import cache_fingerprint
 from cache_tools.read import TeacherCache
 from common.errors import UserError, run_command
@@ -58,6 +59,8 @@ from pipeline.loader import MultiCropLoader, open_loader
 from pipeline.readers import in_batches, read_teacher_crops
 from shards.manifest import load_manifest
 
+_log = logging.getLogger(__name__)
+
 
 def train(config: TrainConfig, ranks: Ranks) -> None:
     """Train until the last step, a stop signal, or an error. The run's folder holds all that it leaves."""
@@ -68,7 +71,7 @@ def train(config: TrainConfig, ranks: Ranks) -> None:
     check_losses(config, ranks)
 
     # Teacher outputs: from the cache, or live. Both give TeacherTargets.
-    cache = open_cache(config) if config.teacher.cache_path else None
+    cache = open_cache(config, ranks) if config.teacher.cache_path else None
     cached_teacher = cache.fingerprint["teacher"] if cache and config.uses_cache() else None
     ranks.on_main(lambda: check_validation(config, ranks.device, cached_teacher))
     teacher = None if config.uses_cache() else live_teacher(config, ranks)
@@ -220,13 +223,24 @@ def compile_now(
     log.say(f"compiled in {time.perf_counter() - start:.0f} s")
 
 
-def open_cache(config: TrainConfig) -> TeacherCache:
-    """Open the cache, refusing one that was made from other crops or other shards."""
+def open_cache(config: TrainConfig, ranks: Ranks) -> TeacherCache:
+    """Open the cache, refusing one that was made from other crops or shards, or by the other decoder of a GPU."""
     path = config.teacher.cache_path
     assert path is not None
     manifest = load_manifest(config.data.data_path)
     expect = cache_fingerprint(manifest=manifest, augmentation=config.crops(), seed=config.data.data_seed)
-    return TeacherCache.open(path, expect=expect)
+    cache = TeacherCache.open(path, expect=expect)
+    ours = decoder_name(config.data.backend, ranks.device, hw_decoder=config.data.hw_decoder)
+    theirs = cache.fingerprint["decoder"]
+    if ours.endswith(ENGINE) != theirs.endswith(ENGINE):
+        advice = "Leave --hw_decoder out" if ours.endswith(ENGINE) else "Give --hw_decoder"
+        raise UserError(
+            f"{path}: the teacher saw crops decoded by {theirs}, this run decodes by {ours}, whose pixels differ. "
+            f"{advice}, or build another cache in an empty folder."
+        )
+    if ours != theirs and ranks.is_main:
+        _log.warning("%s: the teacher saw crops of %s, the student sees those of %s: nearly equal", path, theirs, ours)
+    return cache
 
 
 def live_teacher(config: TrainConfig, ranks: Ranks) -> FrozenTeacher:
@@ -327,7 +341,7 @@ def token_stream(
 ) -> Iterator[TeacherTargets]:
     """Stream the teacher's tokens of view set 0, in the order of the shards (which is shuffled once)."""
     if cache is not None:
-        yield from cache.tokens(0)
+        yield from cache.tokens(0, device=ranks.device, dtype=torch.float32)
         return
     assert teacher is not None
     rows = min(config.fitted_prototypes().prototype_rows, load_manifest(config.data.data_path).num_rows)
@@ -432,7 +446,8 @@ def describe_start(
 ) -> str:
     """Return the line that says what begins, and on what."""
     side = config.data.global_crops_size // config.student.patch_size
-    reduction = plan_reduction((side, side), method=config.losses.spd_reduction)
+    losses = config.losses
+    reduction = plan_reduction((side, side), method=losses.spd_reduction, limit=losses.spd_max_tokens)
     source = f"targets from {config.teacher.cache_path}" if config.uses_cache() else "live teacher"
     mode = f"compiled by {config.runtime.compile_backend}" if compiles(config.runtime, ranks.device) else "eager"
     begins = f"resumes at step {first_step}" if first_step else "begins"
@@ -443,12 +458,12 @@ def describe_start(
         grids = f"; its {teacher_side} x {teacher_side} patch tokens resampled to the student's {side} x {side}"
     crops = config.crops()
     unread = "" if crops.num_local_crops == config.data.local_crops_number else ", no local crops, which no loss reads"
-    if config.optim.accumulation_steps > 1 and config.losses.koleo_loss_weight:
+    if config.optim.accumulation_steps > 1 and losses.koleo_loss_weight:
         koleo = f". KoLeo looks for neighbours within each of the {config.optim.accumulation_steps} micro-batches"
     return (
         f"{config.runtime.output_dir} {begins}: {total_steps} steps of "
         f"{config.optim.batch_size_per_gpu * ranks.world_size} images on {ranks.world_size} x {ranks.device.type}, "
-        f"{source}{grids}{unread}, {mode}{plain}. {reduction if config.losses.spd_loss_weight else 'No SPD loss'}"
+        f"{source}{grids}{unread}, {mode}{plain}. {reduction if losses.spd_loss_weight else 'No SPD loss'}"
         f"{koleo}"
     )
 

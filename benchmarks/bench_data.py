@@ -193,7 +193,7 @@ def busy_rows(shards: Path, rounds: int) -> list[Measurement]:
             def prepared(folder: ShardFolder = folder, chosen: _Rows = chosen) -> Iterator[int]:
                 for epoch in itertools.count():
                     request = _request(folder, chosen, a)
-                    dali.pack(request.plan)
+                    dali.arguments(request.plan, training_work(a, teacher_crops=False))
                     block_masks(folder.index.uid[chosen], epoch=epoch, seed=0, augmentation=a)
                     yield len(chosen)
 

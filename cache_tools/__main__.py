@@ -135,7 +135,7 @@ def _verify_teacher(command: Verify) -> int:
         augmentation=options.teacher_crops(),
         seed=options.data_seed,
         teacher=teacher.fingerprint(),
-        decoder=decoder_name(options.backend, device),
+        decoder=decoder_name(options.backend, device, hw_decoder=options.hw_decoder),
     )
     with TeacherCache.open(command.cache, expect=expect) as cache:
         agreement = verify_against_teacher(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import shutil
 import sys
 import time
@@ -48,6 +49,7 @@ DEFAULT_CALIBRATION_ROWS = 2048
 # Tokens on which the codec is measured: the matrix logarithm grows with the cube of a crop's tokens.
 QUALITY_TOKENS = 32 * 196
 WAIT_SECONDS = 3600.0
+ENGINE = "-engine"  # in a decoder's name: the GPU's hardware decodes, of whose pixels CUDA's differ
 # File system metadata, commit records and what else grows beside the data.
 SPARE_BYTES = 64 << 20
 
@@ -240,7 +242,8 @@ def _laid_out(request: BuildRequest, teacher: Teacher, read_crops: ReadCrops, *,
             f"{request.spec.embed_dim} as {request.spec.codec}. Build in an empty folder."
         )
     now = soft_fingerprint(request.device)
-    changed = [f"{name} {old} -> {now[name]}" for name, old in attributes["soft"].items() if now[name] != old]
+    soft = attributes["soft"].items()
+    changed = [f"{name} {old} -> {now.get(name, 'absent')}" for name, old in soft if now.get(name) != old]
     if changed and rank == 0:
         print(f"{request.root}: continued with another set-up: {', '.join(changed)}", file=sys.stderr)
     return attributes
@@ -282,7 +285,12 @@ def soft_fingerprint(device: torch.device) -> dict[str, str]:
     import zarr
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    try:
+        dali = {"dali": importlib.metadata.version("nvidia-dali-cuda130")}
+    except importlib.metadata.PackageNotFoundError:
+        dali = {}
     return {
+        **dali,
         "torch": torch.__version__,
         "timm": timm.__version__,
         "zarr": zarr.__version__,
@@ -311,6 +319,8 @@ def _progress_bar(name: str, rows: int, *, shown: bool) -> Iterator[Any]:
         yield bar
 
 
-def decoder_name(backend: str, device: torch.device) -> str:
-    """Return what turns JPEG bytes into crops, as the fingerprint has it: the backend taken, and where it runs."""
-    return f"{choose_backend(backend, device)[0]}-{device.type}"
+def decoder_name(backend: str, device: torch.device, *, hw_decoder: bool = False) -> str:
+    """Return what turns JPEG bytes into crops, as the fingerprint has it: the backend taken, where it runs, and
+    whether the hardware engine decodes."""
+    name = f"{choose_backend(backend, device)[0]}-{device.type}"
+    return name + ENGINE if hw_decoder and name == "dali-cuda" else name

@@ -12,6 +12,7 @@ import tyro
 
 from cache_tools.build import (
     DEFAULT_CALIBRATION_ROWS,
+    ENGINE,
     BuildReport,
     BuildRequest,
     Teacher,
@@ -105,7 +106,7 @@ class Build:
             augmentation=augmentation,
             seed=options.data_seed,
             teacher=teacher.fingerprint(),
-            decoder=decoder_name(backend, device),
+            decoder=decoder_name(backend, device, hw_decoder=options.hw_decoder),
             codec=self.codec,
             calibration_rows=min(self.calibration_rows, manifest.num_rows),
         )
@@ -159,6 +160,7 @@ class Verify:
                 teacher_photometric=geometry["teacher_photometric"],
                 data_seed=crops["seed"],
                 backend=self.backend,
+                hw_decoder=fingerprint.get("decoder", "").endswith(ENGINE),
                 device=self.device,
                 batch_size=self.batch_size,
             )

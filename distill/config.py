@@ -47,6 +47,9 @@ class StudentConfig:
     """Initial LayerScale, if not the architecture's own (1e-5 in the DINOv3 family)."""
     drop_path_rate: float = 0.0
     """Stochastic depth. Meta's distillation uses none."""
+    residual: Literal["fp32", "bf16"] = "fp32"
+    """Under bf16 autocast, what the blocks of a packed student add to. bf16 moves fewer bytes; with a LayerScale of
+    1e-5 it loses what they add at first."""
     head: Literal["linear", "mlp"] = "linear"
     """linear: student width -> teacher width, sharing the frozen prototypes. mlp: DINO's three-layer head."""
     mlp_head_hidden_dim: int = 2048
@@ -131,7 +134,10 @@ class LossConfig:
     spd_eps: float = 1.0
     """Added to the diagonal of the token Gram matrix."""
     spd_reduction: Literal["pool", "sample"] = "pool"
-    """What makes at most 256 tokens of a larger patch grid: the mean of a window, or the token at its middle."""
+    """What makes spd_max_tokens of a larger patch grid: the mean of a window, or the token at its middle."""
+    spd_max_tokens: int = 256
+    """Patch tokens of a crop that the SPD loss takes, at most. 49 or 64 pool 14 x 14 to 7 x 7, for which a GPU takes
+    the eigendecomposition, fused into one launch; above 64 it takes the resolvent."""
     spd_backend: Literal["auto", "eigh", "resolvent"] = "auto"
     """Implementation of the matrix logarithm."""
 
@@ -180,8 +186,6 @@ class DataConfig(CropOptions, ReadOptions):
     """Folder of training shards, written by `make shards`."""
     val_data_path: str | None = None
     """Folder of validation shards: k-NN during training and `make probe`."""
-    num_threads: int | None = 4
-    """Decoding threads of a process. None: one a core, at most 8."""
     on_bad_sample: Literal["raise", "skip"] = "raise"
     """What to do with a sample that fails to decode."""
     skip_budget: float = 0.001
@@ -204,6 +208,8 @@ class RuntimeConfig:
     """torch.compile of the whole step; --no_compile runs eager. None: on a GPU, where it pays."""
     compile_backend: str = "inductor"
     """Backend of torch.compile."""
+    combo_kernels: bool = False
+    """Compiled on a GPU: let Inductor join small kernels that do not depend on each other into one launch."""
     check_compile: bool = False
     """Compare the compiled gradients with eager ones on the first batch, per parameter, and stop if they differ."""
     log_every: int = 50
@@ -238,7 +244,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
         "batch_size_per_gpu", "accumulation_steps", "max_steps", "log_every", "keep_checkpoints", "knn_max_rows",
         "prototype_rows", "view_sets",
     )),
-    ("2 or more", lambda x: x >= 2, ("num_prototypes",)),
+    ("2 or more", lambda x: x >= 2, ("num_prototypes", "spd_max_tokens")),
     ("at least 0 and below 1", lambda x: 0 <= x < 1, ("beta1", "beta2", "ema_momentum", "drop_path_rate")),
     ("between 0 and 1", lambda x: 0 < x < 1, ("target_top1_mass",)),
 )  # fmt: skip

@@ -8,14 +8,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from distill.config import StudentConfig
-from distill.prototypes import PrototypeBank
+from distill.prototypes import PrototypeBank, fp32_product
 
 
 class LinearHead(nn.Module):
     """Student width -> teacher width; logits by the teacher's own frozen prototypes.
 
-    The bias starts at the teacher's mean token, so that the head's output, like a teacher token, is centred
-    by subtracting that mean.
+    The bias starts at the teacher's mean token, so that the projection starts among the teacher's tokens.
     """
 
     def __init__(self, in_dim: int, bank: PrototypeBank) -> None:
@@ -27,7 +26,7 @@ class LinearHead(nn.Module):
 
     def forward(self, tokens: Float[Tensor, "*b ds"], bank: PrototypeBank) -> Float[Tensor, "*b k"]:
         """Return cosines to the prototypes in the teacher's space, fp32."""
-        return bank.logits(self.projection(tokens))
+        return bank.cosines(centred_projection(self, tokens, bank))
 
 
 class MlpHead(nn.Module):
@@ -58,7 +57,17 @@ class MlpHead(nn.Module):
 
     def forward(self, tokens: Float[Tensor, "*b ds"], bank: PrototypeBank) -> Float[Tensor, "*b k"]:
         """Return logits of the learned last layer, fp32."""
-        return self.last_layer(F.normalize(self.mlp(tokens), dim=-1)).float()
+        return fp32_product(F.normalize(self.mlp(tokens).float(), dim=-1), self.last_layer.weight)
+
+
+def centred_projection(
+    head: LinearHead | MlpHead, tokens: Float[Tensor, "*b ds"], bank: PrototypeBank
+) -> Float[Tensor, "*b d"]:
+    """Project to the teacher's width and take the teacher's mean out.
+
+    Out of the bias, in fp32: added to a bf16 sum and taken off again, the mean would leave its rounding behind.
+    """
+    return F.linear(tokens, head.projection.weight, head.projection.bias - bank.mean)
 
 
 def create_head(

@@ -12,6 +12,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+# Renamed in torch 2.14, where the old name warns.
+_all_gather = getattr(collectives, "all_gather_single_autograd", None) or collectives.all_gather_tensor_autograd
+
 
 def dino_loss(
     student_logits: Float[Tensor, "v b k"],
@@ -72,32 +75,33 @@ def ibot_loss(
 
 
 def koleo_loss(
-    cls: Float[Tensor, "b d"], *, all_ranks: bool = False, eps: float = 1e-8
+    cls: Float[Tensor, "g b d"], *, all_ranks: bool = False, eps: float = 1e-8
 ) -> Float[Tensor, ""]:
     """Kozachenko-Leonenko estimator of (minus) the entropy of a batch (Sablayrolles et al. 2019; DINOv2).
 
     Args:
-        cls: class tokens of one crop per image, any scale.
-        all_ranks: search the nearest neighbour in all ranks' tokens. Gradients flow into the neighbour too:
-            a detached gather has 40 % gradient error.
+        cls: class tokens of g crops of each image, any scale; neighbours are looked for among the same crop of others.
+        all_ranks: search the nearest neighbour in all ranks' tokens, gathered once for all crops. Gradients flow
+            into the neighbour too: a detached gather has 40 % gradient error.
         eps: added to the distance inside the logarithm.
 
     Returns:
-        Minus the mean log distance of an L2-normalised token to its nearest neighbour.
+        Minus the mean log distance of an L2-normalised token to its nearest neighbour, summed over the crops.
     """
     x = F.normalize(cls.float(), dim=-1, eps=eps)
     others, offset = x, 0
     if all_ranks and dist.is_initialized() and dist.get_world_size() > 1:
         assert dist.group.WORLD is not None
-        others = collectives.all_gather_tensor_autograd(x, 0, dist.group.WORLD)
-        offset = dist.get_rank() * x.shape[0]
+        others = _all_gather(x.transpose(0, 1).contiguous(), 0, dist.group.WORLD).transpose(0, 1)  # [g, ranks * b, d]
+        offset = dist.get_rank() * x.shape[1]
     with torch.no_grad():
-        cosine = x @ others.T  # [b, ranks * b]
-        own = torch.arange(x.shape[0], device=x.device)
-        cosine = cosine.scatter(1, (own + offset)[:, None], -2.0)
-        nearest = cosine.argmax(dim=1)
-    distance = torch.linalg.vector_norm(x - others[nearest], dim=-1)
-    return -torch.log(distance + eps).mean()
+        cosine = x @ others.mT  # [g, b, ranks * b]
+        own = torch.arange(x.shape[1], device=x.device) + offset
+        cosine = cosine.scatter(2, own[None, :, None].expand(len(x), -1, 1), -2.0)
+        nearest = cosine.argmax(dim=2)  # [g, b]
+    neighbours = others.gather(1, nearest[..., None].expand_as(x))
+    distance = torch.linalg.vector_norm(x - neighbours, dim=-1)
+    return -torch.log(distance + eps).mean(1).sum()
 
 
 def cls_loss(student: Float[Tensor, "b d"], teacher: Float[Tensor, "b d"]) -> Float[Tensor, ""]:

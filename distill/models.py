@@ -10,9 +10,11 @@ import timm
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
-from timm.layers import RotaryEmbeddingDinoV3, apply_rot_embed_cat
-from timm.models.eva import Eva
+from timm.layers import Mlp, RotaryEmbeddingDinoV3, apply_rot_embed_cat
+from timm.models.eva import Eva, EvaBlock
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
+from torch.utils.checkpoint import checkpoint
 
 from common.errors import UserError
 from distill.config import StudentConfig
@@ -157,7 +159,7 @@ def is_packable(model: Any) -> bool:
         and model.rope is not None
         and model.pos_embed is None
         and not model.rope_mixed
-        and all(getattr(block.attn, "qkv", None) is not None and block.attn.gate is None for block in model.blocks)  # type: ignore[union-attr]
+        and all(isinstance(b, EvaBlock) and b.attn.qkv is not None and b.attn.gate is None for b in model.blocks)
     )
 
 
@@ -186,24 +188,28 @@ def check_plain_student(model: nn.Module, crop_sizes: Sequence[int], *, arch: st
             )
 
 
-def rope_table(model: Eva, crop_size: int) -> Float[Tensor, "n e"]:
-    """Return RoPE's sine and cosine for the patch grid of a square crop of `crop_size` pixels, fp32 on the CPU.
+def rope_table(model: Eva, crop_size: int) -> Float[Tensor, "t e"]:
+    """Return RoPE's sine and cosine for the tokens of a square crop of `crop_size` pixels, fp32 on the CPU.
 
-    timm rebuilds this table at every forward pass of a model with dynamic image size; here it is made once.
+    Class token and registers, which come first, turn by nothing: sine 0 and cosine 1, so that no token is treated
+    apart. timm rebuilds its table at every forward pass of a model with dynamic image size; here it is made once.
     """
     side = crop_size // patch_side(model)
     rope: Any = model.rope
-    table: Tensor = rope.get_embed(shape=(side, side))
-    return table.detach().clone()
+    table: Tensor = rope.get_embed(shape=(side, side)).detach()
+    still = table.new_zeros(model.num_prefix_tokens, table.shape[1])
+    still[:, table.shape[1] // 2 :] = 1
+    return torch.cat([still, table])
 
 
 def packed_tokens(
     model: Eva,
     crops: Sequence[Float[Tensor, "b c h w"]],
-    ropes: Sequence[Float[Tensor, "n e"]],
+    ropes: Sequence[Float[Tensor, "t e"]],
     *,
     masks: Sequence[Bool[Tensor, "b n"] | None] | None = None,
     mask_token: Float[Tensor, " d"] | None = None,
+    residual_in_fp32: bool = True,
 ) -> list[Float[Tensor, "b t d"]]:
     """Run one ViT over crops of several sizes at once.
 
@@ -216,6 +222,8 @@ def packed_tokens(
         ropes: `rope_table` of each batch's size.
         masks: for each batch the patches to replace by `mask_token`, or None.
         mask_token: embedding of a masked patch; needed with `masks`.
+        residual_in_fp32: keep what the blocks add to in fp32 under autocast too. A block with a LayerScale of 1e-5
+            adds less than bf16's rounding.
 
     Returns:
         Final-norm tokens of each size: class token, registers, patches.
@@ -224,10 +232,19 @@ def packed_tokens(
     sequences = [_embed(model, x, mask, mask_token) for x, mask in pairs]  # each [b, t, d]
     shapes = [(x.shape[0], x.shape[1]) for x in sequences]
     packed = torch.cat([x.flatten(0, 1) for x in sequences])  # [sum of b*t, d]
+    if residual_in_fp32:
+        packed = packed.to(torch.promote_types(packed.dtype, torch.float32))
+    rope = torch.cat([r.repeat(b, 1) for r, (b, _) in zip(ropes, shapes, strict=True)])[:, None]  # [sum of b*t, 1, e]
     for block in model.blocks:
-        packed = _packed_block(block, packed, shapes, ropes)
-    parts = model.norm(packed).split([b * t for b, t in shapes])
-    return [part.unflatten(0, shape) for part, shape in zip(parts, shapes, strict=True)]
+        if model.grad_checkpointing:
+            packed = checkpoint(_packed_block, block, packed, shapes, rope, use_reentrant=False)
+        else:
+            packed = _packed_block(block, packed, shapes, rope)
+    return [part.unflatten(0, s) for part, s in zip(_parts(model.norm(packed), shapes), shapes, strict=True)]
+
+
+def _parts(packed: Tensor, shapes: Sequence[tuple[int, int]]) -> tuple[Tensor, ...]:
+    return packed.split([b * t for b, t in shapes])
 
 
 def _embed(model: Eva, crops: Tensor, mask: Tensor | None, mask_token: Tensor | None) -> Tensor:
@@ -240,18 +257,72 @@ def _embed(model: Eva, crops: Tensor, mask: Tensor | None, mask_token: Tensor | 
     return model.norm_pre(x)
 
 
-def _packed_block(
-    block: nn.Module, x: Tensor, shapes: Sequence[tuple[int, int]], ropes: Sequence[Tensor]
-) -> Tensor:
-    attention: Any = block.attn
-    qkv = F.linear(block.norm1(x), attention.qkv.weight, _qkv_bias(attention))  # type: ignore[operator]
-    mixed = []
-    for part, shape, rope in zip(qkv.split([b * t for b, t in shapes]), shapes, ropes, strict=True):
-        mixed.append(_attend(attention, part.unflatten(0, shape), rope).flatten(0, 1))
-    y = attention.proj(attention.norm(torch.cat(mixed)))
-    x = x + _residual(block.drop_path1, block.gamma_1, y, shapes)
-    y = block.mlp(block.norm2(x))  # type: ignore[operator]
-    return x + _residual(block.drop_path2, block.gamma_2, y, shapes)
+def _packed_block(block: Any, x: Tensor, shapes: Sequence[tuple[int, int]], rope: Tensor) -> Tensor:
+    attention = block.attn
+    qkv = F.linear(_affine_norm(block.norm1, x), attention.qkv.weight, _qkv_bias(attention))
+    q, k, v = qkv.view(len(x), 3, attention.num_heads, -1).unbind(1)  # [sum of b*t, heads, e]
+    q, k = attention.q_norm(q), attention.k_norm(k)
+    q, k = (apply_rot_embed_cat(y, rope, half=attention.rotate_half).type_as(v) for y in (q, k))
+    mixed = attention.norm(_attend(q, k, v, shapes).flatten(1))
+    x = x + _drop(block.drop_path1, _scaled_linear(attention.proj, block.gamma_1, mixed), shapes).to(x.dtype)
+    mlp = block.mlp
+    if isinstance(mlp, Mlp):
+        hidden = mlp.norm(mlp.act(_normed_linear(block.norm2, mlp.fc1, x)))
+        y = _scaled_linear(mlp.fc2, block.gamma_2, hidden)
+    else:  # SwiGLU: two layers behind the norm
+        y = mlp(block.norm2(x))
+        y = y if block.gamma_2 is None else block.gamma_2 * y
+    return x + _drop(block.drop_path2, y, shapes).to(x.dtype)
+
+
+def _affine_norm(norm: Any, x: Tensor) -> Tensor:
+    if not isinstance(norm, nn.LayerNorm):
+        return norm(x)
+    return _standardised(x, norm.eps) * norm.weight + norm.bias
+
+
+def _normed_linear(norm: Any, linear: Any, x: Tensor) -> Tensor:
+    """A linear layer behind a norm, whose affine map works on the weights: neither pass goes over the tokens for it."""
+    if not isinstance(norm, nn.LayerNorm):
+        return linear(norm(x))
+    weight = linear.weight
+    return F.linear(_standardised(x, norm.eps), weight * norm.weight, linear.bias + (weight * norm.bias).sum(1))
+
+
+def _standardised(x: Tensor, eps: float) -> Tensor:
+    """LayerNorm without an affine map, in the dtype of the product that reads it."""
+    on = torch.is_autocast_enabled(x.device.type)
+    y: Tensor = _Standardise.apply(x, eps, torch.get_autocast_dtype(x.device.type) if on else x.dtype)
+    return y
+
+
+class _Standardise(torch.autograd.Function):
+    """Its backward pass reads the rounded result, which the weights' gradient needs too, and no fp32 copy of it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+        ctx.dtype = x.dtype
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        variance, mean = torch.var_mean(x, dim=-1, correction=0, keepdim=True)
+        scale = torch.rsqrt(variance + eps)
+        y = ((x - mean) * scale).to(dtype)
+        ctx.save_for_backward(y, scale)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        y, scale = ctx.saved_tensors
+        y, gradient = y.to(scale.dtype), gradient.to(scale.dtype)
+        along = gradient.mean(-1, keepdim=True) + y * (gradient * y).mean(-1, keepdim=True)
+        return (scale * (gradient - along)).to(ctx.dtype), None, None
+
+
+def _scaled_linear(linear: Any, gamma: Tensor | None, x: Tensor) -> Tensor:
+    """A linear layer with LayerScale, on the weights too. The bias is added by the kernel that reads the sum."""
+    if gamma is None:
+        return linear(x)
+    y = F.linear(x, gamma[:, None] * linear.weight)
+    return y + (gamma * linear.bias).to(y.dtype)
 
 
 def _qkv_bias(attention: Any) -> Tensor | None:
@@ -260,23 +331,32 @@ def _qkv_bias(attention: Any) -> Tensor | None:
     return torch.cat((attention.q_bias, attention.k_bias, attention.v_bias))
 
 
-def _attend(attention: Any, qkv: Tensor, rope: Tensor) -> Tensor:
-    b, t, _ = qkv.shape
-    q, k, v = qkv.view(b, t, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)  # [b, heads, t, e]
-    q, k = attention.q_norm(q), attention.k_norm(k)
-    prefix = attention.num_prefix_tokens
-    q, k = (
-        torch.cat([x[:, :, :prefix], apply_rot_embed_cat(x[:, :, prefix:], rope, half=attention.rotate_half)], 2)
-        for x in (q, k)
-    )
-    return F.scaled_dot_product_attention(q.type_as(v), k.type_as(v), v).transpose(1, 2).reshape(b, t, -1)
+def _attend(q: Tensor, k: Tensor, v: Tensor, shapes: Sequence[tuple[int, int]]) -> Tensor:
+    """Attention of each crop to itself alone; all tensors packed, [sum of b*t, heads, e]."""
+    if _has_varlen(v):  # one kernel for all sizes; nothing is cut and joined, forward and backward
+        ends, start = [], 0
+        for b, t in shapes:
+            ends.append(torch.arange(start, start + b * t, t, dtype=torch.int32, device=v.device))
+            start += b * t
+        bounds = torch.cat([*ends, ends[0].new_full((1,), start)])
+        longest = max(t for _, t in shapes)
+        return varlen_attn(q, k, v, bounds, bounds, longest, longest)  # type: ignore[return-value]
+    mixed = []
+    for *parts, shape in zip(*(_parts(y, shapes) for y in (q, k, v)), shapes, strict=True):
+        heads_first = (y.unflatten(0, shape).transpose(1, 2) for y in parts)  # [b, heads, t, e]
+        mixed.append(F.scaled_dot_product_attention(*heads_first).transpose(1, 2).flatten(0, 1))
+    return torch.cat(mixed)
 
 
-def _residual(drop_path: Any, gamma: Any, y: Tensor, shapes: Sequence[tuple[int, int]]) -> Tensor:
-    if gamma is not None:
-        y = gamma * y
+def _has_varlen(v: Tensor) -> bool:
+    if not v.is_cuda or v.dtype not in (torch.bfloat16, torch.float16) or v.shape[-1] % 8:
+        return False
+    return torch.cuda.get_device_capability(v.device) >= (8, 0)
+
+
+def _drop(drop_path: Any, y: Tensor, shapes: Sequence[tuple[int, int]]) -> Tensor:
     if isinstance(drop_path, nn.Identity):
         return y
     # DropPath drops whole crops, so the packed sequence is cut into crops again.
-    parts = y.split([b * t for b, t in shapes])
-    return torch.cat([drop_path(p.unflatten(0, s)).flatten(0, 1) for p, s in zip(parts, shapes, strict=True)])
+    parts = zip(_parts(y, shapes), shapes, strict=True)
+    return torch.cat([drop_path(part.unflatten(0, shape)).flatten(0, 1) for part, shape in parts])

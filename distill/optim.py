@@ -150,7 +150,8 @@ class Schedule:
         device: torch.device,
     ) -> None:
         self._config = config
-        self._prototypes = prototypes
+        # Read once: on a GPU each reading waits for all that was launched before it.
+        self._calibrated_temps = prototypes.cls.calibrated_temp.item(), prototypes.patch.calibrated_temp.item()
         self._steps_per_epoch = steps_per_epoch
         self._total_steps = total_steps
         self._peak_lr = scaled_lr(config.optim.lr, global_batch_size, config.optim.lr_scaling)
@@ -178,7 +179,7 @@ class Schedule:
         """Teacher temperatures of the cls and the patch targets."""
         config = self._config.prototypes
         if config.teacher_temp == "calibrated":
-            return self._prototypes.cls.calibrated_temp.item(), self._prototypes.patch.calibrated_temp.item()
+            return self._calibrated_temps
         temperature = linear_warmup(
             step,
             start=config.teacher_temp_start,

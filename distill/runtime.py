@@ -6,6 +6,7 @@ import contextlib
 import functools
 import gc
 import importlib.metadata
+import inspect
 import json
 import os
 import signal
@@ -152,6 +153,7 @@ def configure_torch(config: RuntimeConfig, device: torch.device) -> bool:
         # Its fused LayerNorm gradient is wrong in some graphs (PyTorch issue 193061).
         if hasattr(inductor_config.triton, "mix_order_reduction"):
             inductor_config.triton.mix_order_reduction = False
+        inductor_config.combo_kernels = config.combo_kernels
     gc.freeze()
     # A feeder thread shares this process with a loop that is busy in Python; the default of 5 ms starves it.
     sys.setswitchinterval(1e-3)
@@ -181,16 +183,21 @@ def wrap_step(step: nn.Module, config: RuntimeConfig, ranks: Ranks) -> nn.Module
     """Compile the step as one graph with static shapes, and average its gradients over the ranks."""
     if compiles(config, ranks.device):
         torch._dynamo.config.error_on_recompile = True
+        # Else DDP's optimizer cuts the graph at its buckets. What that overlaps, some 100 MB of gradients, is little
+        # beside what fusion across the cuts saves.
+        torch._dynamo.config.optimize_ddp = False
         step.compile(backend=config.compile_backend, fullgraph=True, dynamic=False)
     if ranks.world_size == 1:
         return step
-    # The step is one compiled graph, so there is nothing for DDP to split it at.
-    return nn.parallel.DistributedDataParallel(
+    ddp: Any = nn.parallel.DistributedDataParallel
+    renamed = "forward_sync_buffers" in inspect.signature(ddp).parameters  # by torch 2.13, where the old name warns
+    wrapped: nn.Module = ddp(
         step,
         device_ids=[ranks.device.index] if ranks.device.type == "cuda" else None,
-        broadcast_buffers=False,
         gradient_as_bucket_view=True,
+        **{"forward_sync_buffers" if renamed else "broadcast_buffers": False},
     )
+    return wrapped
 
 
 class StopSignal:

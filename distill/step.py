@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from distill import losses
 from distill.config import LossConfig, StudentConfig
-from distill.heads import create_head, create_proteus_heads
+from distill.heads import centred_projection, create_head, create_proteus_heads
 from distill.models import (
     check_plain_student,
     cls_and_patches,
@@ -165,6 +165,7 @@ class DistillStep(nn.Module):
         self.weights = weights
         self.student_temp = student_temp
         self.mask_student_input = config.mask_student_input
+        self.residual_in_fp32 = config.residual == "fp32"
         self.autocast = autocast
 
     def forward(self, *tensors: Tensor) -> tuple[Float[Tensor, ""], Float[Tensor, " metrics"]]:
@@ -195,8 +196,11 @@ class DistillStep(nn.Module):
             cls, patches, masked = self._student_tokens(global_crops, local_crops, masks)
             dino = self._dino_logits(cls, teacher_cls, cls_temp) if self.weights.dino_loss_weight else None
             ibot = self._ibot_logits(patches, teacher_patches, masked_indices, patch_temp)
-            projected_cls = self.cls_head.projection(cls[: g * b]) if self.uses_cls_projection else None
-            projected_patches = self.patch_head.projection(patches) if self.uses_patch_projection else None
+            projected_cls = projected_patches = None
+            if self.uses_cls_projection:
+                projected_cls = centred_projection(self.cls_head, cls[: g * b], self.cls_bank)
+            if self.uses_patch_projection:
+                projected_patches = centred_projection(self.patch_head, patches, self.patch_bank)
             proteus = self._proteus_pairs(cls[: g * b], patches, masked, masked_indices, teacher_cls, teacher_patches)
         terms: dict[str, Tensor] = {}
         parts: dict[str, Tensor] = {}
@@ -239,6 +243,7 @@ class DistillStep(nn.Module):
             ropes,  # type: ignore[arg-type]
             masks=masked,
             mask_token=self.mask_token,
+            residual_in_fp32=self.residual_in_fp32,
         )
         prefix = int(self.student.num_prefix_tokens)  # type: ignore[arg-type]
         cls = torch.cat([x[:, 0] for x in sequences[:views]])
@@ -276,14 +281,14 @@ class DistillStep(nn.Module):
         """Terms on the student's own tokens: KoLeo of each global crop [g, b, d], relations of patch tokens."""
         weights, terms = self.weights, {}
         if weights.koleo_loss_weight:
-            crops = [losses.koleo_loss(crop, all_ranks=weights.koleo_all_ranks) for crop in cls]
-            terms["koleo"] = torch.stack(crops).sum()  # over the global crops, as Meta weighs it
+            terms["koleo"] = losses.koleo_loss(cls, all_ranks=weights.koleo_all_ranks)
         if weights.spd_loss_weight:
-            eps, backend, reduction = weights.spd_eps, weights.spd_backend, weights.spd_reduction
+            eps, backend = weights.spd_eps, weights.spd_backend
+            reduction = weights.spd_reduction, weights.spd_max_tokens
             with torch.no_grad():
-                teacher_tokens = reduce_tokens(teacher_patches, self.patch_grid, reduction)
+                teacher_tokens = reduce_tokens(teacher_patches, self.patch_grid, *reduction)
                 teacher_log = spd_logm(token_spd(teacher_tokens, eps=eps), eps=eps, backend=backend)
-            student_tokens = reduce_tokens(patches, self.patch_grid, reduction)
+            student_tokens = reduce_tokens(patches, self.patch_grid, *reduction)
             terms["spd"] = log_euclidean_loss(student_tokens, teacher_log, eps=eps, backend=backend)
         if weights.gram_loss_weight:
             terms["gram"] = losses.gram_loss(patches, teacher_patches)
@@ -292,19 +297,19 @@ class DistillStep(nn.Module):
     def _regression_terms(
         self, cls: Tensor | None, patches: Tensor | None, teacher_cls: Tensor, teacher_patches: Tensor
     ) -> dict[str, Tensor]:
-        """Terms on tokens projected into the teacher's space, after its mean (and scale) is taken out."""
+        """Terms on tokens projected into the teacher's space; of `cls` and `patches` its mean is taken out already."""
         weights, terms = self.weights, {}
         if cls is not None and weights.cls_loss_weight:
-            terms["cls"] = losses.cls_loss(cls.float() - self.cls_bank.mean, teacher_cls.float() - self.cls_bank.mean)
+            terms["cls"] = losses.cls_loss(cls, teacher_cls.float() - self.cls_bank.mean)
         if patches is not None and weights.softmax_gram_loss_weight:
-            terms["softmax_gram"] = losses.softmax_gram_loss(patches, teacher_patches)
+            terms["softmax_gram"] = losses.softmax_gram_loss(patches.float() + self.patch_bank.mean, teacher_patches)
         if patches is not None and (weights.patch_loss_weight or weights.mse_loss_weight):
-            student, teacher = self.patch_bank.standardise(patches), self.patch_bank.standardise(teacher_patches)
+            student, teacher = patches.float() / self.patch_bank.std, self.patch_bank.standardise(teacher_patches)
             if weights.patch_loss_weight:
                 terms["patch"] = losses.patch_regression_loss(student, teacher)
             if weights.mse_loss_weight:
                 assert cls is not None
-                cls_error = F.mse_loss(self.cls_bank.standardise(cls), self.cls_bank.standardise(teacher_cls))
+                cls_error = F.mse_loss(cls.float() / self.cls_bank.std, self.cls_bank.standardise(teacher_cls))
                 terms["mse"] = cls_error + F.mse_loss(student, teacher)
         return terms
 

@@ -16,20 +16,23 @@ from pipeline.torch_crops import TorchCrops
 
 BACKENDS = ("auto", "dali", "cpu", "torch")
 
-_MAX_DEFAULT_THREADS = 8
+_MAX_DEFAULT_THREADS = 12
 _log = logging.getLogger("pipeline")
 
 
-def usable_cores() -> int:
-    """Cores that this process may run on."""
+def usable_cores(process: int = 0) -> int:
+    """Cores that this process, or another one, may run on."""
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
+        return len(os.sched_getaffinity(process))
     return os.cpu_count() or 1
 
 
 def default_num_threads() -> int:
-    """Threads of a backend by default: the usable cores, at most 8."""
-    return min(usable_cores(), _MAX_DEFAULT_THREADS)
+    """Threads of a backend by default: this rank's share of the machine's usable cores, at most 12."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    # `torchrun --numa-binding` binds a rank to cores that others may share. The launcher may use those of all.
+    of_all = usable_cores(os.getppid()) if ranks > 1 else usable_cores()
+    return max(1, min(of_all // ranks, usable_cores(), _MAX_DEFAULT_THREADS))
 
 
 def resolve_device(device: str | torch.device) -> torch.device:

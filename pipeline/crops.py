@@ -162,7 +162,7 @@ class ReadOptions:
     backend: Literal["auto", "dali", "cpu", "torch"] = "auto"
     """Who decodes and crops."""
     num_threads: int | None = None
-    """Decoding threads of a process. None: one a core, at most 8."""
+    """Decoding threads of a process. None: its share of the machine's usable cores, at most 12."""
     hw_decoder: bool = False
     """With DALI on a GPU: decode all JPEGs by the hardware engine. Its pixels are not those of the CUDA decoder."""
 

@@ -1,15 +1,16 @@
 """Crops by NVIDIA DALI: one graph for GPU and CPU, parameters from outside. The only module that imports DALI.
 
-Each sample is its JPEG bytes and one packed float32 tensor of all views' parameters. The image is decoded once
-and resized ten times: decoding ten regions costs 2.8 times as much.
+Each sample is its JPEG bytes and the arguments of each view. The image is decoded once and resized ten times:
+decoding ten regions costs 2.8 times as much.
 """
 
 from __future__ import annotations
 
 import importlib
 import io
+import math
 from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,12 +24,10 @@ from pipeline.cpu_crops import BLUR_TAPS, SOLARIZE_THRESHOLD
 from pipeline.crops import BackendOptions, BadSampleError, CropRequest, Crops, CropWork
 from pipeline.plan import CropPlan
 
-_IN_FLIGHT = 2
+# A batch takes longer from bytes to crops than the GPU works on it: with two, decoder and GPU wait for each other.
+_IN_FLIGHT = 3
 
-# Columns of the packed parameters of a view.
-_ROI_START, _ROI_END, _COLOUR = slice(0, 2), slice(2, 4), slice(4, 16)
-_SIGMA, _SOLARIZE = 16, 17
-_NUM_PARAMETERS = 18
+Arguments = dict[str, npt.NDArray[Any]]
 # DALI has no per-sample switch for its blur; at this sigma the outer taps are exactly 0 in float32.
 _NO_BLUR_SIGMA = 1e-3
 
@@ -36,7 +35,8 @@ _NO_BLUR_SIGMA = 1e-3
 # grow while training meets them one by one.
 _DEVICE_MEMORY_PADDING = 64 << 20
 _HOST_MEMORY_PADDING = 32 << 20
-_PREALLOCATE_SIDE = 2048
+# The hardware engine takes memory for a whole batch of images of the size that it is told.
+_PREALLOCATE_SIDE, _PREALLOCATE_BYTES = 2048, 512 << 20
 
 
 def missing_reason() -> str | None:
@@ -54,24 +54,27 @@ def _dali() -> tuple[Any, Any, Any]:
     return dali.fn, dali.pipeline_def, dali.types
 
 
-def pack(plan: CropPlan) -> npt.NDArray[np.float32]:
-    """Pack a plan for the graph, float32 [n, v, 18]; a flip is a region with its left and right swapped."""
-    packed = np.empty((*plan.flips.shape, _NUM_PARAMETERS), np.float32)
-    top, left, height, width = np.moveaxis(plan.boxes, -1, 0)
-    packed[..., 0] = top
-    packed[..., 1] = left + width * plan.flips
-    packed[..., 2] = top + height
-    packed[..., 3] = left + width * ~plan.flips
-    packed[..., _COLOUR] = plan.colour.reshape(*plan.flips.shape, 12)
-    packed[..., _SIGMA] = np.where(plan.blur_sigma > 0, plan.blur_sigma, _NO_BLUR_SIGMA)
-    packed[..., _SOLARIZE] = plan.solarize
-    return packed
+def arguments(plan: CropPlan, work: CropWork) -> Arguments:
+    """Lay a plan out for the graph: by name, one array [n, ...] for each argument of an operator.
 
-
-@dataclass
-class _Pending:
-    request: CropRequest
-    packed: npt.NDArray[np.float32]
+    An operator that cut them from one packed array would cost more than the feeding. A flip is a region with its left
+    and right swapped.
+    """
+    top, left, height, width = plan.boxes.astype(np.float32).T  # [v, n]
+    flips = plan.flips.T
+    start = np.stack([top, left + width * flips], -1)
+    end = np.stack([top + height, left + width * ~flips], -1)
+    made: Arguments = {}
+    for view in range(work.num_views):
+        made |= {f"start{view}": start[view], f"end{view}": end[view]}
+        if work.distorted:
+            made[f"colour{view}"] = plan.colour[:, view]
+            if work.blur[view]:
+                sigma = plan.blur_sigma[:, view, None]
+                made[f"sigma{view}"] = np.where(sigma > 0, sigma, np.float32(_NO_BLUR_SIGMA))
+            if work.solarize[view]:
+                made[f"solarize{view}"] = plan.solarize[:, view] * np.uint8(255)
+    return {name: np.ascontiguousarray(values) for name, values in made.items()}
 
 
 class DaliCrops:
@@ -84,7 +87,7 @@ class DaliCrops:
         self._work = work
         self._options = options
         self._on_gpu = options.device.type == "cuda"
-        self._in_flight: deque[_Pending] = deque()
+        self._in_flight: deque[CropRequest] = deque()
         self._held: deque[tuple[Any, torch.cuda.Event]] = deque()
         self._pipe: Any = None
         self._start()
@@ -93,25 +96,24 @@ class DaliCrops:
         """Hand a request to DALI; bytes are not copied, so they are kept until it is collected."""
         if self._pipe is None:
             self._start()
-        pending = _Pending(request, pack(request.plan))
-        self._in_flight.append(pending)
-        self._feed(list(request.jpegs), pending.packed)
+        self._in_flight.append(request)
+        self._feed(list(request.jpegs), arguments(request.plan, self._work))
         self._pipe.schedule_run()
 
     def collect(self) -> Crops:
         """Wait for the oldest request."""
-        pending = self._in_flight.popleft()
+        request = self._in_flight.popleft()
         try:
             outputs = self._outputs()
         except RuntimeError as error:
-            bad = _undecodable(pending.request, self._options)
+            bad = _undecodable(request, self._options)
             if not bad:
                 raise
             raise BadSampleError(bad) from error
         sizes = from_dlpack(outputs[0].as_tensor()).numpy()[:, :2]
-        wrong = np.flatnonzero((sizes != pending.request.sizes).any(1))
+        wrong = np.flatnonzero((sizes != request.sizes).any(1))
         if len(wrong):
-            expected = pending.request.sizes
+            expected = request.sizes
             raise BadSampleError(
                 {
                     int(i): f"{sizes[i, 0]} x {sizes[i, 1]} pixels, the index says {expected[i, 0]} x {expected[i, 1]}"
@@ -120,7 +122,7 @@ class DaliCrops:
             )
         crops = self._joined(outputs[1:])
         if self._on_gpu:
-            self._hold((outputs, pending))
+            self._hold((outputs, request))
         return crops
 
     def reset(self) -> None:
@@ -137,18 +139,19 @@ class DaliCrops:
 
     def _start(self) -> None:
         self._pipe = _build(self._work, self._options)
-        tiny, packed = _tiny_request(self._work)
+        tiny, made = _tiny_request(self._work)
         # The first run of a pipeline takes as many batches as it prefetches; from then on one run is one batch.
         for _ in range(_IN_FLIGHT):
-            self._feed([tiny], packed)
+            self._feed([tiny], made)
         self._pipe.schedule_run()
         for _ in range(_IN_FLIGHT):
             self._pipe.share_outputs()
             self._pipe.release_outputs()
 
-    def _feed(self, jpegs: list[npt.NDArray[np.uint8]], packed: npt.NDArray[np.float32]) -> None:
+    def _feed(self, jpegs: list[npt.NDArray[np.uint8]], made: Arguments) -> None:
         self._pipe.feed_input("jpegs", jpegs)
-        self._pipe.feed_input("parameters", packed)
+        for name, values in made.items():
+            self._pipe.feed_input(name, values)
 
     def _outputs(self) -> Any:
         if self._on_gpu:
@@ -207,7 +210,6 @@ def _build(work: CropWork, options: BackendOptions) -> Any:
     )
     def crops() -> Any:
         jpegs = fn.external_source(name="jpegs", dtype=types.UINT8, ndim=1, no_copy=True)
-        parameters = fn.external_source(name="parameters", dtype=types.FLOAT, ndim=2)
         image = _decoded(jpegs, options)
         clean, distorted = [], []
         for view in range(work.num_views):
@@ -215,8 +217,8 @@ def _build(work: CropWork, options: BackendOptions) -> Any:
             crop = fn.resize(
                 image,
                 size=[work.global_size if is_global else work.local_size] * 2,
-                roi_start=parameters[view, _ROI_START],
-                roi_end=parameters[view, _ROI_END],
+                roi_start=_argument("start", view, 1),
+                roi_end=_argument("end", view, 1),
                 interp_type=types.INTERP_CUBIC,
                 antialias=True,
                 dtype=types.UINT8,
@@ -224,8 +226,8 @@ def _build(work: CropWork, options: BackendOptions) -> Any:
             if is_global and work.clean:
                 clean.append(crop)
             if work.distorted:
-                distorted.append(_distorted(crop, parameters, view, work, on_gpu=on_gpu))
-        return (fn.peek_image_shape(jpegs), *clean, *distorted)
+                distorted.append(_distorted(crop, view, work, on_gpu=on_gpu))
+        return (image.shape(), *clean, *distorted)
 
     pipe = crops()
     pipe.build()
@@ -237,6 +239,7 @@ def _decoded(jpegs: Any, options: BackendOptions) -> Any:
 
     if options.device.type != "cuda":
         return fn.decoders.image(jpegs, device="cpu", output_type=types.RGB, adjust_orientation=False)
+    side = min(_PREALLOCATE_SIDE, math.isqrt(_PREALLOCATE_BYTES // 3 // options.max_batch_size))
     return fn.decoders.image(
         jpegs,
         device="mixed",
@@ -247,36 +250,36 @@ def _decoded(jpegs: Any, options: BackendOptions) -> Any:
         device_memory_padding=_DEVICE_MEMORY_PADDING,
         host_memory_padding=_HOST_MEMORY_PADDING,
         # Only the hardware engine reads these hints; 0 reserves nothing for it.
-        preallocate_height_hint=_PREALLOCATE_SIDE if options.hw_decoder else 0,
-        preallocate_width_hint=_PREALLOCATE_SIDE if options.hw_decoder else 0,
+        preallocate_height_hint=side if options.hw_decoder else 0,
+        preallocate_width_hint=side if options.hw_decoder else 0,
     )
 
 
-def _distorted(crop: Any, parameters: Any, view: int, work: CropWork, *, on_gpu: bool) -> Any:
+def _argument(name: str, view: int, ndim: int, dtype: str = "FLOAT") -> Any:
+    fn, _, types = _dali()
+    return fn.external_source(name=f"{name}{view}", dtype=getattr(types, dtype), ndim=ndim)
+
+
+def _distorted(crop: Any, view: int, work: CropWork, *, on_gpu: bool) -> Any:
     fn, _, types = _dali()
 
-    colour = fn.reshape(parameters[view, _COLOUR], shape=[3, 4])
-    crop = fn.coord_transform(crop, MT=colour, dtype=types.UINT8)
+    crop = fn.coord_transform(crop, MT=_argument("colour", view, 2), dtype=types.UINT8)
     if work.blur[view]:
-        sigma = parameters[view, _SIGMA : _SIGMA + 1]
-        crop = fn.gaussian_blur(crop, sigma=sigma, window_size=BLUR_TAPS)
+        crop = fn.gaussian_blur(crop, sigma=_argument("sigma", view, 1), window_size=BLUR_TAPS)
     if work.solarize[view]:
-        switch = parameters[view, _SOLARIZE]
-        if on_gpu:
-            switch = switch.gpu()
-        value = fn.cast(crop, dtype=types.FLOAT)
-        value = value + switch * ((value >= SOLARIZE_THRESHOLD) * (255.0 - 2.0 * value))
-        crop = fn.cast(value, dtype=types.UINT8)
+        inverts = _argument("solarize", view, 0, "UINT8")
+        crop = crop ^ ((crop >= SOLARIZE_THRESHOLD) * (inverts.gpu() if on_gpu else inverts))  # 255 - x is x ^ 255
     return crop
 
 
-def _tiny_request(work: CropWork) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]:
+def _tiny_request(work: CropWork) -> tuple[npt.NDArray[np.uint8], Arguments]:
     stream = io.BytesIO()
     Image.new("RGB", (16, 16)).save(stream, "JPEG")
-    packed = np.zeros((1, work.num_views, _NUM_PARAMETERS), np.float32)
-    packed[..., _ROI_END] = 16
-    packed[..., _SIGMA] = _NO_BLUR_SIGMA
-    return np.frombuffer(stream.getvalue(), np.uint8), packed
+    one = (1, work.num_views)
+    boxes = np.broadcast_to(np.array([0, 0, 16, 16], np.int32), (*one, 4))
+    nothing, colour = np.zeros(one, np.float32), np.zeros((*one, 3, 4), np.float32)
+    plan = CropPlan(boxes, nothing > 0, colour, nothing, nothing > 0)
+    return np.frombuffer(stream.getvalue(), np.uint8), arguments(plan, work)
 
 
 def decode_pipeline(options: BackendOptions) -> Any:

@@ -31,6 +31,7 @@ class Job:
         request: their bytes, sizes and plan.
         epoch: 0 outside of training.
         step: step of the epoch.
+        masks: of its patches, bool [g*n, patches], where there are any.
         num_replaced: rows that stand in for bad ones.
     """
 
@@ -38,6 +39,7 @@ class Job:
     request: CropRequest
     epoch: int = 0
     step: int = 0
+    masks: npt.NDArray[np.bool_] | None = None
     num_replaced: int = 0
 
 

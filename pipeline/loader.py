@@ -24,12 +24,16 @@ from pipeline.feeder import Feeder
 from pipeline.jobs import FailurePolicy, Job, Readahead, Ready, receive, run, to_device
 from pipeline.masks import block_masks
 from pipeline.order import DEFAULT_BLOCK, DEFAULT_WINDOW, epoch_order, rank_positions
-from pipeline.plan import PLAN_VERSION, crop_plan, global_crops_spec
+from pipeline.plan import PLAN_VERSION, CropPlan, crop_plan, global_crops_spec
 from shards.folder import ShardFolder
 
 _PREFETCH = 2
 # Rows that the kernel is asked for ahead of time: a window of the order.
 _READAHEAD_ROWS = DEFAULT_BLOCK * DEFAULT_WINDOW
+# Steps that are planned at once: of the time that one batch's plan takes, most goes into numpy's calls.
+_PLANNED_STEPS = 8
+
+_StepPlan = tuple[CropPlan, npt.NDArray[np.bool_]]
 
 
 @dataclass(frozen=True)
@@ -173,7 +177,7 @@ def open_loader(
         view_sets: number of view sets of the teacher cache; None without one.
         teacher_crops: hand out the global crops as a live teacher sees them.
         rows: rows to train on, each once; None for all.
-        num_threads: threads that decode and crop; by default the usable cores, at most 8.
+        num_threads: threads that decode and crop; by default this rank's share of the usable cores, at most 12.
         hw_decoder: see `BackendOptions`.
         on_bad_sample: `raise` stops at a sample that cannot be decoded, `skip` replaces it by the row half an epoch
             away in the order.
@@ -272,6 +276,8 @@ class _Stream:
         self._failures = failures
         self._device = device
         self._orders: dict[int, npt.NDArray[np.int64]] = {}
+        self._chunk = (-1, -1)
+        self._chunk_plans: list[_StepPlan] = []
 
     def jobs(self, first_epoch: int, first_step: int) -> Iterator[Job]:
         s = self._settings
@@ -294,8 +300,8 @@ class _Stream:
         s, index, rows = self._settings, self._folder.index, job.rows
         self._failures.count(len(rows), job.num_replaced)
         uids = index.uid[rows]
-        masks, indices = block_masks(uids, epoch=job.epoch, seed=s.seed, augmentation=s.augmentation)
-        assert crops.global_crops is not None and crops.local_crops is not None
+        masks = job.masks
+        assert crops.global_crops is not None and crops.local_crops is not None and masks is not None
         teacher = crops.global_crops if s.augmentation.teacher_photometric else crops.clean_crops
         plan, sizes = job.request.plan, job.request.sizes
         return MultiCropBatch(
@@ -308,32 +314,47 @@ class _Stream:
             local_crops=crops.local_crops,
             teacher_crops=teacher if s.teacher_crops else None,
             masks=to_device(masks, self._device),
-            masked_indices=to_device(indices, self._device),
+            masked_indices=to_device(np.flatnonzero(masks), self._device),
             labels=to_device(index.label[rows].astype(np.int64), self._device),
             global_crops_spec=global_crops_spec(plan, sizes, s.augmentation.num_global_crops),
         )
 
     def _job(self, epoch: int, step: int) -> Job:
-        s = self._settings
-        order = self._order(epoch)
-        positions = rank_positions(step, rank=s.rank, world_size=s.world_size, global_batch_size=s.global_batch_size)
+        order, positions = self._order(epoch), self._positions(step)
         rows = order[positions.start : positions.stop]
         bad = [i for i, row in enumerate(rows.tolist()) if row in self._failures.reasons]
         if bad:
             rows = rows.copy()
             for i in bad:
                 rows[i] = self._substitute(order, positions[i])
-        sizes = self._folder.sizes(rows)
-        plan = crop_plan(
-            self._folder.index.uid[rows],
-            sizes,
-            view_set=s.view_set(epoch),
-            epoch=epoch,
-            seed=s.seed,
-            augmentation=s.augmentation,
-        )
-        request = CropRequest(self._folder.jpegs(rows), sizes, plan)
-        return Job(rows, request, epoch, step, len(bad))
+            plan, masks = self._plan(rows, epoch, num_steps=1)[0]
+        else:
+            plan, masks = self._planned(epoch, step)
+        request = CropRequest(self._folder.jpegs(rows), self._folder.sizes(rows), plan)
+        return Job(rows, request, epoch, step, masks, len(bad))
+
+    def _positions(self, step: int) -> range:
+        s = self._settings
+        return rank_positions(step, rank=s.rank, world_size=s.world_size, global_batch_size=s.global_batch_size)
+
+    def _planned(self, epoch: int, step: int) -> _StepPlan:
+        """Plan and masks of a step, made along with those of its neighbours."""
+        first = step - step % _PLANNED_STEPS
+        if self._chunk != (epoch, first):
+            steps = range(first, min(first + _PLANNED_STEPS, self._settings.steps_per_epoch))
+            rows = self._order(epoch)[np.concatenate([self._positions(i) for i in steps])]
+            self._chunk, self._chunk_plans = (epoch, first), self._plan(rows, epoch, num_steps=len(steps))
+        return self._chunk_plans[step - first]
+
+    def _plan(self, rows: npt.NDArray[np.int64], epoch: int, *, num_steps: int) -> list[_StepPlan]:
+        s, uids = self._settings, self._folder.index.uid[rows]
+        shared: dict[str, Any] = {"epoch": epoch, "seed": s.seed, "augmentation": s.augmentation}
+        plan = crop_plan(uids, self._folder.sizes(rows), view_set=s.view_set(epoch), **shared)
+        masks, _ = block_masks(uids, **shared)
+        by_crop = masks.reshape(-1, len(rows), masks.shape[-1])  # [g, images, patches]
+        share = len(rows) // num_steps
+        images = (slice(i * share, (i + 1) * share) for i in range(num_steps))
+        return [(plan[part], by_crop[:, part].reshape(-1, masks.shape[-1])) for part in images]
 
     def _substitute(self, order: npt.NDArray[np.int64], position: int) -> int:
         """The good row half an epoch away: the same for every world size, and of another batch if there is one."""

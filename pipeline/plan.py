@@ -19,7 +19,7 @@ Blocks of a view's counter (see `pipeline.philox`):
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import numpy.typing as npt
@@ -63,6 +63,10 @@ class CropPlan:
 
     def __len__(self) -> int:
         return len(self.boxes)
+
+    def __getitem__(self, images: slice) -> CropPlan:
+        """The plan of some of the images."""
+        return CropPlan(*(getattr(self, field.name)[images] for field in fields(self)))
 
     def take(self, positions: npt.ArrayLike) -> CropPlan:
         """The plan of the samples at these positions."""

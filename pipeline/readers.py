@@ -60,7 +60,7 @@ def read_teacher_crops(
         augmentation: of which only what the teacher sees matters, see `Augmentation.geometry_fingerprint`.
         backend: `auto`, `dali`, `cpu` or `torch`.
         device: where the crops are wanted.
-        num_threads: threads that decode and crop; by default the usable cores, at most 8.
+        num_threads: threads that decode and crop; by default this rank's share of the usable cores, at most 12.
         hw_decoder: see `BackendOptions`.
 
     Raises:

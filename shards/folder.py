@@ -86,12 +86,15 @@ class ShardFolder:
 
     def advise(self, rows: npt.NDArray[np.int64]) -> None:
         """Ask the kernel to bring rows into the page cache soon; returns at once, and never fails."""
-        if not hasattr(os, "posix_fadvise"):
+        if not hasattr(os, "posix_fadvise") or not len(rows):
             return
-        for row in rows.tolist():
-            offset, size = int(self.index.offset[row]), int(self.index.size[row])
+        index, ends = self.index, np.flatnonzero((np.diff(rows) != 1) | (np.diff(self.index.shard[rows]) != 0)) + 1
+        for run in np.split(rows, ends):  # neighbours in one shard
+            first, last = int(run[0]), int(run[-1])
+            size = int(index.offset[last]) + int(index.size[last]) - int(index.offset[first])
             try:
-                os.posix_fadvise(self._descriptor(row), offset, size, os.POSIX_FADV_WILLNEED)
+                descriptor = self._descriptor(first)
+                os.posix_fadvise(descriptor, int(index.offset[first]), size, os.POSIX_FADV_WILLNEED)
             except (OSError, UserError):
                 return  # advice only: the read that follows says what is wrong
 

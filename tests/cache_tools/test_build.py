@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cache_tools import build as build_module
-from cache_tools.build import run_build
+from cache_tools.build import decoder_name, run_build
 from cache_tools.codec import encode
 from cache_tools.fingerprint import differences, flatten
 from cache_tools.layout import CacheMismatch, CacheSpec
@@ -28,6 +28,16 @@ from tests.cache_tools.synthetic import SyntheticReader, SyntheticTeacher, synth
 
 BuildSmall = Callable[..., Path]
 Batches = Sequence[npt.NDArray[np.int64]]
+
+
+def test_the_engine_of_a_gpu_is_a_decoder_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    names = [
+        decoder_name(backend, device, hw_decoder=engine)
+        for backend, device in (("dali", cuda), ("torch", cuda), ("dali", cpu)) for engine in (False, True)
+    ]  # fmt: skip
+    assert names == ["dali-cuda", "dali-cuda-engine", "torch-cuda", "torch-cuda", "dali-cpu", "dali-cpu"]
 
 
 @settings(deadline=None, max_examples=25)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +14,9 @@ from torch.testing import assert_close
 
 from common.errors import UserError
 from distill.config import PrototypeConfig
+from distill.heads import LinearHead, MlpHead
 from distill.prototypes import (
+    PrototypeBank,
     Prototypes,
     calibrated_temperature,
     fit_prototypes,
@@ -56,6 +59,39 @@ def test_the_centre_is_the_mean_logit_and_the_mean_is_the_mean_token() -> None:
     assert_close(prototypes.cls.centre, prototypes.cls.logits(cls).mean(0), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("head", ["linear", "mlp"])
+def test_under_autocast_cosines_round_their_operands_alone_and_their_gradients_are_those_of_autocast(
+    head: str, compiled: bool
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    dim, mean = 128, 20.0
+    bank = PrototypeBank(64, dim)
+    bank.weight.copy_(F.normalize(torch.randn(64, dim, generator=generator), dim=-1))
+    bank.mean.fill_(mean)
+    if head == "linear":
+        model = LinearHead(dim, bank)
+        torch.nn.init.eye_(model.projection.weight)
+    else:
+        model = MlpHead(dim, bank, 8, dim)
+        model.mlp, model.last_layer = torch.nn.Identity(), torch.nn.Linear(dim, 64, bias=False)
+        model.last_layer.weight.data.copy_(bank.weight)
+    # Tokens near their prototypes: cosines near 1, which bf16 would hold to 2^-9.
+    tokens = (bank.weight + 0.02 * torch.randn(64, dim, generator=generator)).bfloat16().float().requires_grad_()
+    call = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+    torch._dynamo.reset()
+    unit, weight = F.normalize(tokens, dim=-1), bank.weight
+    exact = unit.double() @ weight.double().T
+    rounded = unit.bfloat16().double() @ weight.bfloat16().double().T
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = call(tokens, bank)
+    assert logits.dtype == torch.float32
+    assert (logits - rounded).abs().max() < 8 * 2**-24  # an fp32 sum of 128 products, below 1
+    weights = torch.randn(64, 64, generator=generator)
+    found, expected = (torch.autograd.grad((x * weights).sum(), tokens)[0].double() for x in (logits, exact))
+    assert (found - expected).norm() < 2**-6 * expected.norm()
+
+
 def test_the_calibrated_temperature_gives_the_asked_median_top1_mass() -> None:
     prototypes = fit_prototypes(clustered_tokens(256), CONFIG, seed=0, fingerprint={}, device=CPU)
     cls = torch.cat([t.cls.flatten(0, 1) for t in clustered_tokens(256)])
@@ -73,6 +109,14 @@ def test_clusters_without_members_are_seeded_anew() -> None:
         generator = torch.Generator().manual_seed(seed)
         centres = spherical_kmeans(unit, 3, iterations=6, generator=generator)
         assert (unit @ centres.T).amax(1).min() > 0.999
+
+
+def test_a_terminal_sees_how_far_the_reading_of_tokens_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr("sys.stderr", terminal)
+    fit_prototypes(clustered_tokens(256), CONFIG, seed=0, fingerprint={}, device=CPU)
+    assert "tokens for prototypes" in terminal.getvalue() and "256/256" in terminal.getvalue()
 
 
 def test_the_same_seed_gives_the_same_prototypes_and_another_seed_others() -> None:

@@ -287,3 +287,14 @@ def test_torch_is_configured_for_right_gradients_and_bf16_only_on_gpus() -> None
     assert configure_torch(RuntimeConfig(), torch.device("cpu")) is False
     assert configure_torch(RuntimeConfig(precision="bf16"), torch.device("cpu")) is True
     assert functorch_config.backward_pass_autocast == "off"
+
+
+def test_small_kernels_are_joined_only_where_asked_for() -> None:
+    import torch._inductor.config as inductor_config
+
+    precision = torch.get_float32_matmul_precision()
+    with inductor_config.patch(combo_kernels=False):
+        for asked in (True, False):
+            configure_torch(RuntimeConfig(combo_kernels=asked), torch.device("cuda"))
+            assert inductor_config.combo_kernels == asked
+    torch.set_float32_matmul_precision(precision)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 
@@ -68,7 +69,7 @@ def test_terms_equal_the_losses_of_timms_own_forward_image_by_image(
     projected = step.cls_head.projection(cls[: 2 * b])
     mean = prototypes.cls.mean
     assert_close(terms["cls"], losses.cls_loss(projected - mean, teacher_cls - mean), **FP32_NOISE)
-    koleo = losses.koleo_loss(cls[:b]) + losses.koleo_loss(cls[b : 2 * b])
+    koleo = losses.koleo_loss(cls[None, :b]) + losses.koleo_loss(cls[None, b : 2 * b])
     assert_close(terms["koleo"], koleo, rtol=1e-3, atol=1e-4)  # log of distances near 0: noise over the distance
     teacher_log = spd_logm(token_spd(torch.cat([inputs.teacher_patches[:, 0], inputs.teacher_patches[:, 1]])))
     assert_close(terms["spd"], log_euclidean_loss(patches, teacher_log), **FP32_NOISE)
@@ -151,6 +152,30 @@ def test_inductors_gradients_are_those_of_the_eager_step(
     check_compiled_gradients(compiled(make_step(autocast=autocast), "inductor"), inputs, scalars, autocast=autocast)
 
 
+def test_the_eager_step_of_the_gate_keeps_little_memory_and_the_same_gradients(
+    make_step: MakeStep, inputs: StepInputs, scalars: StepScalars
+) -> None:
+    step = make_step(depth=6, drop_path_rate=0.3)
+    found = []
+    for recomputing in (contextlib.nullcontext(), gradients._recomputing(step.student)):
+        kept: dict[int, int] = {}
+
+        def keep(x: Tensor, kept: dict[int, int] = kept) -> Tensor:
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        torch.manual_seed(0)
+        with recomputing, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            loss, _ = step(*inputs, *scalars)
+            held = sum(kept.values())
+            loss.backward()
+        found.append((held, [p.grad.clone() for p in step.parameters() if p.grad is not None]))
+        step.zero_grad()
+    assert found[1][0] < 0.5 * found[0][0]
+    assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))
+    assert not step.student.grad_checkpointing
+
+
 def test_the_gradient_gate_names_the_parameter_whose_compiled_gradient_is_wrong(
     make_step: MakeStep, inputs: StepInputs, scalars: StepScalars, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -226,6 +251,13 @@ def test_more_than_256_patches_are_reduced_alike_for_student_and_teacher(
         teacher = step.student.forward_features(normalise(crops))[None, :, 5:]  # the student's own tokens
         terms = big._token_terms(teacher[:, :, 0], teacher[0], teacher[0])
         doubled = big._token_terms(teacher[:, :, 0], teacher[0], teacher[0].flip(1))
+    fewer = dataclasses.replace(weights, spd_max_tokens=64)
+    big.weights = fewer
+    pooled = big._token_terms(teacher[:, :, 0], teacher[0], teacher[0].flip(1))["spd"]
+    by_hand = [F.avg_pool2d(x.mT.unflatten(2, (20, 20)), 3, ceil_mode=True) for x in (teacher[0], teacher[0].flip(1))]
+    ours, theirs = (x.flatten(2).mT for x in by_hand)
+    assert ours.shape[1] == 49
+    assert_close(pooled, log_euclidean_loss(ours, spd_logm(token_spd(theirs))), **FP32_NOISE)
     # 20 x 20 patches, averaged in windows to 10 x 10: equal tokens give no loss, misplaced ones do.
     assert terms["spd"].item() == pytest.approx(0.0, abs=1e-6)
     assert doubled["spd"].item() > 1e-3

@@ -8,7 +8,7 @@ import torch
 from distill.evaluation.features import FeatureModel, extract_patch_tokens
 from distill.evaluation.logistic import fit_logistic
 from distill.evaluation.measures import knn_predict
-from distill.models import create_backbone
+from distill.models import _attend, create_backbone
 from pipeline.batch import normalise
 
 pytestmark = [
@@ -61,3 +61,18 @@ def test_tokens_agree_with_the_cpu(dtype: torch.dtype, bound: float) -> None:
     here = extract_patch_tokens(FeatureModel(model, normalise), crops)
     there = extract_patch_tokens(FeatureModel(model.cuda(), normalise), crops.cuda(), dtype=dtype)
     assert (there - here).norm() / here.norm() < bound
+
+
+def test_attention_over_packed_crops_agrees_with_the_cpu() -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(4, 201), (16, 41)]
+    qkv = torch.randn(3, sum(b * t for b, t in shapes), 6, 64, generator=generator).bfloat16().float()
+    weights = torch.randn(qkv[0].shape, generator=generator)
+    results = []
+    for device, dtype in (("cuda", torch.bfloat16), ("cpu", torch.float32)):
+        x = qkv.to(device, dtype).requires_grad_()
+        y = _attend(*x, shapes)
+        (y.float() * weights.to(device)).sum().backward()
+        results.append((y.detach().float().cpu(), x.grad.float().cpu()))
+    for there, here in zip(*results, strict=True):
+        assert (there - here).norm() <= BFLOAT16_ERROR * here.norm()

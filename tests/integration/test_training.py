@@ -7,12 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 from cache_tools.__main__ import main as cache_tools
@@ -228,6 +230,38 @@ def test_the_first_batch_and_the_compiler_are_start_up(
     assert max(curve(lines, "step_time")) < leap / 2
 
 
+class Syncs(TorchDispatchMode):
+    """Counts the operators that wait for a GPU: a value read on the host, or a shape that depends on values."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal", "is_nonzero")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.removeprefix("aten::")
+        chosen = args[1] if name in ("index", "index_put") else []
+        if name in self.WAITING or any(i is not None and i.dtype == torch.bool for i in chosen):
+            self.counts[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("source", ["cache", "live"])
+def test_a_step_between_two_lines_of_the_log_waits_for_no_device(
+    workplace: Workplace, run_here: Run, tmp_path: Path, source: str
+) -> None:
+    flags = ("--teacher_temp", "calibrated", "--accumulation_steps", 2, "--log_every", 99, "--drop_path_rate", 0.2)
+    flags += ("--cache_path", workplace.cache, "--teacher", source)
+    counts = []
+    for steps in (1, 2, 5):  # the first one leaves prototypes beside the cache
+        with Syncs() as syncs:
+            run_here(workplace.flags(tmp_path / str(steps), *flags, "--max_steps", steps))
+        counts.append(syncs.counts)
+    assert counts[1] == counts[2]
+    assert counts[1].total() > 0  # those of the start: the temperatures, read once
+
+
 def test_accumulated_micro_batches_give_the_gradient_of_the_whole_batch(
     workplace: Workplace, run_here: Run, tmp_path: Path
 ) -> None:
@@ -311,6 +345,33 @@ def test_a_cache_of_other_crops_is_refused_before_training(
     config = parse_config(workplace.flags(tmp_path / "run", "--cache_path", workplace.cache, *flags))
     with pytest.raises(UserError, match=message):
         train.train(config, Ranks(0, 1, torch.device("cpu")))
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "advice"),
+    [("dali-cuda-engine", "dali-cuda", "Leave --hw_decoder out"), ("dali-cuda", "dali-cuda-engine", "Give --hw_decod")],
+)
+def test_a_cache_of_the_other_decoder_of_a_gpu_is_refused(
+    workplace: Workplace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ours: str, theirs: str, advice: str
+) -> None:
+    opened = TeacherCache.open(workplace.cache)
+    opened.fingerprint["decoder"] = theirs
+    monkeypatch.setattr(TeacherCache, "open", lambda *_, **__: opened)
+    monkeypatch.setattr(train, "decoder_name", lambda *_, **__: ours)
+    config = parse_config(workplace.flags(tmp_path / "run", "--cache_path", workplace.cache))
+    with opened, pytest.raises(UserError, match=f"decoded by {theirs}, this run decodes by {ours}.*{advice}"):
+        train.open_cache(config, Ranks(0, 1, torch.device("cpu")))
+
+
+def test_a_cache_of_another_backend_is_taken_with_a_word(
+    workplace: Workplace, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for backend in ("dali", "cpu"):
+        config = parse_config(workplace.flags(tmp_path, "--cache_path", workplace.cache, "--backend", backend))
+        train.open_cache(config, Ranks(0, 1, torch.device("cpu"))).close()
+    said = [record.getMessage() for record in caplog.records if record.name == "train"]
+    mixed = "the teacher saw crops of dali-cpu, the student sees those of cpu-cpu: nearly equal"
+    assert said == [f"{workplace.cache}: {mixed}"]
 
 
 def test_a_run_that_is_not_finite_stops_with_a_replay_file_and_no_bad_weight(

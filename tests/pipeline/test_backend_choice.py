@@ -73,9 +73,24 @@ def test_the_choice_is_logged_once_and_shown_by_the_loader(no_dali, shards, smal
     assert lines[0].startswith("crop backend: cpu on cpu: DALI cannot be imported")
 
 
-def test_default_threads_are_the_usable_cores_up_to_eight():
+@pytest.mark.parametrize(
+    ("machine", "own", "ranks", "expected"),
+    [
+        (16, 16, 1, 12),
+        (8, 8, 1, 8),
+        (96, 96, 8, 12),
+        (64, 64, 8, 8),
+        (96, 48, 8, 12),  # bound to one of two NUMA nodes, with three others
+        (96, 6, 8, 6),  # bound to fewer cores than its share
+        (2, 2, 4, 1),
+    ],
+)
+def test_default_threads_are_the_ranks_share_of_the_cores(monkeypatch, machine, own, ranks, expected):
     assert usable_cores() == len(os.sched_getaffinity(0))
-    assert default_num_threads() == min(8, usable_cores())
+    cores = {0: own, os.getppid(): machine}
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(cores[process]))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    assert default_num_threads() == expected
 
 
 def test_the_whole_path_runs_where_dali_is_not_installed(shards):

@@ -47,13 +47,14 @@ def _join(parts, name, views):
     return torch.cat([getattr(p, name).unflatten(0, (views, -1)) for p in parts], 1).flatten(0, 1)
 
 
-def test_a_batch_holds_what_plan_order_index_and_masks_say(shards):
+@pytest.mark.parametrize("size", [8, 4])  # 6 and 12 steps an epoch; 8 are planned at once
+def test_a_batch_holds_what_plan_order_index_and_masks_say(shards, size):
     index = load_index(shards)
-    batches = _take(shards, 13, view_sets=2)
+    batches = _take(shards, 2 * ROWS // size + 1, view_sets=2, global_batch_size=size)
     for number, batch in enumerate(batches):
-        epoch, step = divmod(number, ROWS // 8)
+        epoch, step = divmod(number, ROWS // size)
         order = epoch_order(ROWS, seed=1, epoch=epoch)
-        rows = order[step * 8 : (step + 1) * 8]
+        rows = order[step * size : (step + 1) * size]
         assert np.array_equal(batch.rows, rows)
         assert np.array_equal(batch.uids, index.uid[rows])
         assert np.array_equal(batch.image_crcs, index.crc32c[rows])
@@ -65,10 +66,10 @@ def test_a_batch_holds_what_plan_order_index_and_masks_say(shards):
         masks, indices = block_masks(index.uid[rows], epoch=epoch, seed=1, augmentation=SMALL)
         assert np.array_equal(batch.masks.numpy(), masks)
         assert np.array_equal(batch.masked_indices.numpy(), indices)
-        assert batch.global_crops.shape == (16, 48, 48, 3)
-        assert batch.local_crops.shape == (16, 24, 24, 3)
+        assert batch.global_crops.shape == (2 * size, 48, 48, 3)
+        assert batch.local_crops.shape == (2 * size, 24, 24, 3)
         assert batch.global_crops.dtype == torch.uint8
-    seen = np.concatenate([b.rows for b in batches[:6]])
+    seen = np.concatenate([b.rows for b in batches[: ROWS // size]])
     assert np.array_equal(np.sort(seen), np.arange(ROWS))
 
 

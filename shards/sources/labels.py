@@ -160,14 +160,14 @@ def _from_table(rows: list[list[str]], path: Path, label_column: str | None) -> 
     """Return the label of each file of a table, with a header or without one."""
     if rows and rows[0][:2] == ["ImageId", "PredictionString"]:  # Kaggle's: the class before its boxes
         return {f"{row[0]}.JPEG": row[1].split()[0] for row in rows[1:]}
+    wanted = [label_column.lower()] if label_column else list(_LABEL_TITLES)
     titles = [cell.strip().lower() for cell in rows[0]] if rows else []
-    has_header = not any(map(is_image_name, titles)) and bool({*titles} & {*_FILE_TITLES, *_LABEL_TITLES, label_column})
+    has_header = not any(map(is_image_name, titles)) and bool({*titles} & {*_FILE_TITLES, *_LABEL_TITLES, *wanted})
     body = rows[1:] if has_header else rows
     of_images = [i for i in range(len(titles)) if body and all(is_image_name(row[i]) for row in body if i < len(row))]
     files = of_images or [titles.index(title) for title in _FILE_TITLES if has_header and title in titles]
     if not files or not body:
         raise UserError(f"{path}: {len(body)} rows, and no column of file names in {rows[:1]}. {_FORMS}")
-    wanted = [label_column.lower()] if label_column else _LABEL_TITLES
     labels = [titles.index(title) for title in wanted if has_header and title in titles]
     if not labels and not label_column and (len(titles) == 2 or not has_header):
         labels = [i for i in (files[0] + 1, files[0] - 1) if 0 <= i < len(titles)]
@@ -260,7 +260,7 @@ def _wnids_of_devkit(meta: bytes, where: Path) -> dict[int, str]:
 def _named(named: dict[str, str], where: Path, classes: Classes) -> LabelList:
     """Turn class names, or numbers where all are numbers, into labels."""
     found = sorted(set(named.values()))
-    if all(name.isdecimal() and name.isascii() for name in found):
+    if found and all(name.isdecimal() and name.isascii() for name in found):
         numbers = sorted(int(name[:18]) for name in found)
         names, final = final_classes({}, numbers, classes, where)
         return LabelList({file: final(int(name)) for file, name in named.items()}, names)

@@ -62,7 +62,7 @@ def test_tables_of_files_and_labels_label_any_tree(tmp_path: Path, table: str) -
         (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "in" / name).write_bytes(b"x")
     (tmp_path / table).write_text(TABLES[table])
-    column = "species" if table == "species.tsv" else None
+    column = "Species" if table == "species.tsv" else None
     source = recognise(tmp_path / "in", SourceOptions(labels=str(tmp_path / table), label_column=column))
     assert source.class_names == ("big dog", "cat", "eel")
     found = {item.path: source.class_names[item.label] for item in source.items()}
@@ -100,6 +100,8 @@ def test_a_damaged_devkit_is_refused(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     scipy_io.savemat(buffer, {"synsets": synsets})
     kit = devkit(tmp_path / "b", "1\n2\n", buffer.getvalue())
+    empty = devkit(tmp_path / "c", "", buffer.getvalue())
+    assert load_labels(empty, None).label_of == {}
     refused(kit, "line 2 of the ground truth is class id 2, meta.mat has no such leaf class among 1")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,7 +13,7 @@ import pytest
 
 from distill.checkpoint import list_checkpoints
 
-from .conftest import CROPS, ROOT, Workplace, read_lines
+from .conftest import ROOT, Workplace, read_lines
 
 Run = Callable[[list[str]], list[dict[str, Any]]]
 Torchrun = Callable[..., subprocess.CompletedProcess[str]]
@@ -46,43 +45,6 @@ def test_two_ranks_give_the_curve_of_one_and_resume_what_one_began(
     resumed = read_lines(tmp_path / "one")
     assert [line["step"] for line in resumed] == list(range(1, 9))
     assert [line["loss"] for line in resumed] == pytest.approx([line["loss"] for line in one], rel=FLOAT_NOISE)
-
-
-def on_two_nodes(words: list[object]) -> None:
-    """Run a command as two torchrun nodes of one rank each, both on this machine."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    meeting = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}"]
-    nodes = []
-    for rank in range(2):
-        launch = [sys.executable, "-m", "distill.launch", *meeting, "--node-rank", str(rank), "--nproc-per-node", "1"]
-        command = [*launch, *map(str, words)]
-        nodes.append(subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
-    told = [node.communicate()[0] for node in nodes]
-    assert [node.returncode for node in nodes] == [0, 0], told
-
-
-@pytest.mark.slow  # eight processes import torch
-def test_two_nodes_build_a_cache_and_train_from_it_and_one_of_them_goes_on_alone(
-    workplace: Workplace, run_here: Run, tmp_path: Path
-) -> None:
-    teacher = ("--teacher_arch", f"local-dir:{workplace.teacher}", "--view_sets", 2, "--device", "cpu", *CROPS)
-    cache = tmp_path / "cache"
-    on_two_nodes(["-m", "cache_tools", "build", "--shards", workplace.shards, "--cache", cache, *teacher])
-    for path in sorted(cache.rglob("*")):
-        if path.is_file():
-            assert path.read_bytes() == (workplace.cache / path.relative_to(cache)).read_bytes(), path
-
-    flags = ("--cache_path", cache, "--checkpoint_every", 4, "--max_steps", 8)
-    alone = [line["loss"] for line in run_here(workplace.flags(tmp_path / "one", *flags))]
-    on_two_nodes(["train.py", *workplace.flags(tmp_path / "two", *flags, "--batch_size_per_gpu", 8)])
-    assert [line["loss"] for line in read_lines(tmp_path / "two")] == pytest.approx(alone, rel=FLOAT_NOISE)
-    for record in (tmp_path / "two" / "checkpoints").glob("step_000000008.*"):
-        record.unlink()
-    resumed = run_here(workplace.flags(tmp_path / "two", *flags))
-    assert [line["step"] for line in resumed] == list(range(1, 9))
-    assert [line["loss"] for line in resumed] == pytest.approx(alone, rel=FLOAT_NOISE)
 
 
 COMPILED = """

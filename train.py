@@ -52,7 +52,7 @@ from distill.runtime import (
     wrap_step,
 )
 from distill.step import DistillStep, StepInputs, StepScalars
-from distill.teacher import FrozenTeacher, TeacherTargets, load_teacher
+from distill.teacher import FrozenTeacher, TeacherTargets, check_named_teacher, load_teacher
 from kernels.spd import plan_reduction
 from pipeline.batch import MultiCropBatch
 from pipeline.loader import MultiCropLoader, open_loader
@@ -224,7 +224,7 @@ def compile_now(
 
 
 def open_cache(config: TrainConfig, ranks: Ranks) -> TeacherCache:
-    """Open the cache, refusing one that was made from other crops or shards, or by the other decoder of a GPU."""
+    """Open the cache, refusing one of other crops, shards or teacher, or by the other decoder of a GPU."""
     path = config.teacher.cache_path
     assert path is not None
     manifest = load_manifest(config.data.data_path)
@@ -238,6 +238,8 @@ def open_cache(config: TrainConfig, ranks: Ranks) -> TeacherCache:
             f"{path}: the teacher saw crops decoded by {theirs}, this run decodes by {ours}, whose pixels differ. "
             f"{advice}, or build another cache in an empty folder."
         )
+    if config.uses_cache():
+        ranks.on_main(lambda: check_named_teacher(config.teacher, cache.fingerprint["teacher"]))
     if ours != theirs and ranks.is_main:
         _log.warning("%s: the teacher saw crops of %s, the student sees those of %s: nearly equal", path, theirs, ours)
     return cache

@@ -368,13 +368,13 @@ def preset(name: str) -> TrainConfig:
 
 
 # What may change when a run that has a checkpoint is taken up again: where and how it executes, its learning rate and
-# its length. The weights' file may lie elsewhere: the prototypes hold the hash of what is in it.
+# its length. The teacher may be called otherwise and lie elsewhere: the prototypes hold the hash of its weights.
 FREE_SETTINGS = frozenset(
     {
-        "init", "lr", "min_lr", "epochs", "max_steps", "accumulation_steps", "teacher_pretrained_weights",
-        "data_path", "val_data_path", "cache_path", "num_threads", "on_bad_sample", "skip_budget", "batch_size_per_gpu",
-        "output_dir", "device", "compile", "compile_backend", "check_compile", "log_every",
-        "term_gradients_every", "checkpoint_every", "keep_checkpoints", "keep_every", "knn_every_epochs",
+        "init", "lr", "min_lr", "epochs", "max_steps", "accumulation_steps", "teacher_arch",
+        "teacher_pretrained_weights", "data_path", "val_data_path", "cache_path", "num_threads", "on_bad_sample",
+        "skip_budget", "batch_size_per_gpu", "output_dir", "device", "compile", "compile_backend", "check_compile",
+        "log_every", "term_gradients_every", "checkpoint_every", "keep_checkpoints", "keep_every", "knn_every_epochs",
         "knn_max_rows", "tensorboard",
     }
 )  # fmt: skip

@@ -31,12 +31,13 @@ from common.errors import UserError, run_command
 from common.files import explain_disk_errors, file_sha256, sync_folder
 from distill.checkpoint import load_student
 from distill.config import DEFAULT_TEACHER, TeacherConfig, TrainConfig
-from distill.models import FAMILY, has_cls_token
+from distill.models import has_cls_token, timm_name
 from distill.onnx import require_onnx, write_onnx
 from distill.prototypes import PROTOTYPES, load_prototypes
 from distill.weights import stated_origin
 from pipeline.batch import IMAGENET_MEAN, IMAGENET_STD
 
+OF_NO_RELEASE = "(of no release)"
 WEIGHTS, CONFIG, HUBCONF, CARD, SUMS = "model.safetensors", "config.json", "hubconf.py", "README.md", "SHA256SUMS"
 ONNX = "model.onnx"
 # What the training code needs and a user of the weights does not.
@@ -84,7 +85,7 @@ def export_run(args: ExportArgs) -> Path:
     run_dir = Path(args.run)
     model, meta = load_student(run_dir, use_ema=args.ema)
     config: TrainConfig = meta["config"]
-    teacher = _teacher(run_dir, config.teacher)
+    teacher = teacher_of_run(run_dir, config.teacher)
     weights = teacher.teacher_pretrained_weights
     output = Path(args.output) if args.output else run_dir / "export"
     probe_json = run_dir / "probe" / "probe.json"
@@ -102,14 +103,21 @@ def export_run(args: ExportArgs) -> Path:
     return export_model(model, output, card=card, onnx=args.onnx)
 
 
-def _teacher(run_dir: Path, stated: TeacherConfig) -> TeacherConfig:
+def teacher_of_run(run_dir: Path, stated: TeacherConfig) -> TeacherConfig:
     """The teacher that a run states; from a cache, whose teacher no flag need name, the one that the cache states."""
-    if stated.cache_path is None or stated.teacher_arch != DEFAULT_TEACHER or not (run_dir / PROTOTYPES).is_file():
+    cached = cached_teacher(run_dir, stated)
+    if cached is None or stated.teacher_arch != DEFAULT_TEACHER or cached["architecture"] == DEFAULT_TEACHER:
         return stated
-    name = load_prototypes(run_dir / PROTOTYPES).fingerprint["teacher"]["architecture"]
-    if name == DEFAULT_TEACHER:
-        return stated
-    return TeacherConfig(teacher_arch=name if "." in name else f"{name} (of no release)")
+    name = cached["architecture"]
+    return TeacherConfig(teacher_arch=name if "." in name else f"{name} {OF_NO_RELEASE}")
+
+
+def cached_teacher(run_dir: Path, stated: TeacherConfig) -> dict[str, Any] | None:
+    """Fingerprint of the teacher in the cache that a run learned from; None where it had none."""
+    if stated.cache_path is None or not (run_dir / PROTOTYPES).is_file():
+        return None
+    fingerprint: dict[str, Any] = load_prototypes(run_dir / PROTOTYPES).fingerprint["teacher"]
+    return fingerprint
 
 
 def export_model(
@@ -313,7 +321,7 @@ def teacher_licence(arch: str, weights: str | None = None) -> str:
 
 def _timm_licence(name: str) -> str | None:
     """Licence of the weights that timm has under a name, None where it has or states none."""
-    name = timm.list_models(f"{name}_patch16_dinov3*")[0] if name in FAMILY else name
+    name = timm_name(name)
     try:
         config = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
     except RuntimeError:  # a tag that timm does not know

@@ -45,10 +45,8 @@ def create_backbone(
         OSError: pretrained weights could not be found or downloaded.
     """
     args: dict[str, Any] = {"num_classes": 0, **(model_args or {})}
-    name = arch
+    name = timm_name(arch)
     if arch in FAMILY:
-        # vit_tiny exists only with biases in the DINOv3 family.
-        name = f"{arch}_patch16_dinov3" + ("_qkvb" if arch == "vit_tiny" else "")
         args["patch_size"] = patch_size
     # A ViT whose features are its final-norm tokens; else one without a class token; else a CNN.
     kinds: tuple[dict[str, Any], ...] = ({"global_pool": "token", **(vit_args or {})}, vit_args or {}, {})
@@ -62,6 +60,13 @@ def create_backbone(
         f"Use one of {', '.join(FAMILY)}, another timm ViT or CNN, or local-dir:FOLDER, or leave out a setting that it "
         "names."
     ) from last
+
+
+def timm_name(arch: str) -> str:
+    """Return timm's name of an architecture, which for one of `FAMILY` is that of its DINOv3 model."""
+    if arch not in FAMILY:
+        return arch
+    return f"{arch}_patch16_dinov3" + ("_qkvb" if arch == "vit_tiny" else "")  # exists only with biases
 
 
 def has_cls_token(model: Any) -> bool:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import timm
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from common.errors import UserError
-from distill.config import TeacherConfig
-from distill.models import cls_and_patches, create_backbone, dinov3_rope, patch_side, token_widths
+from distill.config import DEFAULT_TEACHER, TeacherConfig
+from distill.models import cls_and_patches, create_backbone, dinov3_rope, patch_side, timm_name, token_widths
 from distill.weights import load_weights, stated_origin, tensors_sha256
 from pipeline.batch import normalise
 
@@ -157,6 +158,59 @@ def load_teacher(
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     name = ".".join(filter(None, (model.pretrained_cfg["architecture"], origin.get("tag"))))
     return FrozenTeacher(model, arch=name, img_size=img_size, dtype=dtype, device=device)
+
+
+def load_teacher_of(config: TeacherConfig, cached: Mapping[str, Any], *, device: torch.device) -> FrozenTeacher:
+    """Load the teacher that a configuration names, in fp32, and check that its weights are those of a cache's teacher.
+
+    Its name and place do not matter: a folder may have been renamed or copied since.
+
+    Args:
+        config: `teacher_arch` and `teacher_pretrained_weights`.
+        cached: fingerprint of the cache's teacher.
+        device: where it runs.
+
+    Raises:
+        UserError: it cannot be loaded, or is another one.
+    """
+    teacher = load_teacher(config, img_size=cached["img_size"], device=device, dtype=torch.float32)
+    dtype = getattr(torch, cached["dtype"])
+    state = {name: x.to(dtype) if x.is_floating_point() else x for name, x in teacher.model.state_dict().items()}
+    if tensors_sha256(state) != cached["state_dict_sha256"]:
+        raise UserError(_another(config, f"{teacher.arch} with other weights", cached))
+    return teacher
+
+
+def check_named_teacher(config: TeacherConfig, cached: Mapping[str, Any]) -> None:
+    """Check that a teacher that is named beside a cache is the cache's; the default counts as not named.
+
+    timm's names are compared with the cache's, whatever is local or on a hub is loaded: there the weights decide.
+
+    Raises:
+        UserError: it is another one, or cannot be loaded.
+    """
+    arch, weights = config.teacher_arch, config.teacher_pretrained_weights
+    if arch == DEFAULT_TEACHER and weights is None:
+        return
+    if ":" in arch or weights is not None:
+        try:
+            load_teacher_of(config, cached, device=torch.device("cpu"))
+        except UserError as error:
+            raise UserError(f"{error} The cache names its teacher: --teacher_arch may be left out.") from error
+        return
+    name = timm_name(arch)
+    known = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    named = ".".join(filter(None, (known.architecture, known.tag))) if known else arch
+    if named != cached["architecture"]:
+        raise UserError(_another(config, named, cached))
+
+
+def _another(config: TeacherConfig, found: str, cached: Mapping[str, Any]) -> str:
+    return (
+        f"--teacher_arch {config.teacher_arch}: that is {found}, and the cache is of {cached['architecture']}, weights "
+        f"sha256 {cached['state_dict_sha256'][:12]}. Leave the flag out or name the cache's teacher, or build another "
+        "cache."
+    )
 
 
 def _create(arch: str, img_size: int, *, pretrained: bool) -> Any:

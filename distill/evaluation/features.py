@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from common.errors import UserError
 from distill.checkpoint import load_student
 from distill.config import TeacherConfig, load_config
-from distill.export import student_detail
+from distill.export import OF_NO_RELEASE, cached_teacher, student_detail, teacher_of_run
 from distill.models import cls_and_patches, create_student, has_cls_token, patch_side, token_widths
-from distill.teacher import LOCAL_DIR, load_teacher
+from distill.teacher import LOCAL_DIR, load_teacher, load_teacher_of
 from pipeline.batch import CropBatch, normalise
 
 KINDS = "run, run:FOLDER, teacher, random, timm:NAME, timm:NAME@WEIGHTS or export:FOLDER"
@@ -102,9 +102,17 @@ def load_probed(
         student = create_student(load_config(Path(rest)).student, seed=seed)
         detail, entry = f"initialisation of seed {seed}", _student(student, device)
     else:
+        cached = None
         if kind == "teacher":
-            config = load_config(Path(rest)).teacher
+            stated = load_config(Path(rest)).teacher
+            config, cached = teacher_of_run(Path(rest), stated), cached_teacher(Path(rest), stated)
             detail = config.teacher_arch
+            if cached and detail.endswith(OF_NO_RELEASE):
+                raise UserError(
+                    f"model 'teacher': {rest} learned from a cache of {detail}, weights sha256 "
+                    f"{cached['state_dict_sha256'][:12]}, and no flag of the run says where they lie. Leave teacher "
+                    "out of --models, or give it as timm:NAME@WEIGHTS or export:FOLDER."
+                )
         elif kind == "timm":
             arch, _, weights = rest.partition("@")
             config = TeacherConfig(teacher_arch=arch, teacher_pretrained_weights=weights or None)
@@ -113,7 +121,10 @@ def load_probed(
             config = TeacherConfig(teacher_arch=f"{LOCAL_DIR}{rest}", teacher_pretrained_weights=None)
             detail = "exported weights"
         # fp32 weights for every model of the table: the compute dtype is the probe's own, by autocast.
-        teacher = load_teacher(config, img_size=img_size, device=device, dtype=torch.float32)
+        if cached and cached["img_size"] == img_size:  # at another size, absolute positions are other weights
+            teacher = load_teacher_of(config, cached, device=device)
+        else:
+            teacher = load_teacher(config, img_size=img_size, device=device, dtype=torch.float32)
         entry = FeatureModel(teacher.model, partial(normalise, mean=teacher.mean, std=teacher.std))
 
     patch = patch_side(entry.model)

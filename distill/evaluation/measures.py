@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from common.errors import UserError
 from distill.config import TrainConfig
 from distill.evaluation.features import FeatureModel, Normalise, extract_features, forward_features, in_eval_mode
-from distill.teacher import FrozenTeacher, load_teacher
+from distill.teacher import FrozenTeacher, load_teacher, load_teacher_of
 from pipeline.batch import CropBatch, normalise
 from pipeline.readers import read_center_crops
 from shards.manifest import load_index, load_manifest
@@ -194,16 +194,13 @@ def check_validation(config: TrainConfig, device: torch.device, cached_teacher: 
 
 def _check_teacher(config: TrainConfig, device: torch.device, cached: Mapping[str, Any]) -> None:
     try:
-        found = load_teacher(config.teacher, img_size=config.data.global_crops_size, device=device).fingerprint()
-        error = None if found == cached else "it is not the one that the cache was built with."
-    except UserError as raised:
-        error = str(raised)
-    if error:
+        load_teacher_of(config.teacher, cached, device=device)
+    except UserError as error:
         raise UserError(
             f"--val_data_path {config.data.val_data_path}: without labels the student is judged by its teacher, and "
             f"{config.teacher.teacher_arch} cannot be that: {error} Give the cache's teacher by --teacher_arch and "
             "--teacher_pretrained_weights, labelled data, or --knn_every_epochs 0."
-        )
+        ) from error
 
 
 def judge_student(student: nn.Module, config: TrainConfig, device: torch.device) -> dict[str, float]:

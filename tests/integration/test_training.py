@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
@@ -21,6 +23,7 @@ from cache_tools.__main__ import main as cache_tools
 from cache_tools.read import TeacherCache
 from common.errors import UserError
 from distill.checkpoint import list_checkpoints, load_newest, load_student
+from distill.evaluation.features import load_probed
 from distill.export import Card, export_model
 from distill.models import create_backbone, create_student
 from distill.prototypes import load_prototypes
@@ -271,6 +274,38 @@ def test_accumulated_micro_batches_give_the_gradient_of_the_whole_batch(
     split = run_here(workplace.flags(tmp_path / "split", *flags, "--accumulation_steps", 4))
     assert curve(split) == pytest.approx(curve(once), rel=FLOAT_NOISE)
     assert curve(split, "grad_norm") == pytest.approx(curve(once, "grad_norm"), rel=10 * FLOAT_NOISE)
+
+
+def test_a_teacher_named_beside_a_cache_is_the_cache_s_whatever_it_is_called(
+    workplace: Workplace, run_here: Run, tmp_path: Path
+) -> None:
+    def flags(*teacher: object, steps: int) -> list[str]:
+        words = workplace.flags(tmp_path / "run", "--cache_path", workplace.cache, "--max_steps", steps)
+        at = words.index("--teacher_arch")
+        return [*words[:at], *words[at + 2 :], *map(str, teacher)]
+
+    renamed, other = tmp_path / "renamed", tmp_path / "other"
+    shutil.copytree(workplace.teacher, renamed)
+    shutil.copytree(workplace.teacher, other)
+    weights = load_file(other / "model.safetensors")
+    save_file(weights | {"norm.bias": weights["norm.bias"] + 1e-3}, other / "model.safetensors")
+    with pytest.raises(UserError, match=r"--teacher_arch local-dir:\S*other: that is vit_small\S* with other weights"):
+        run_here(flags("--teacher_arch", f"local-dir:{other}", steps=1))
+    with pytest.raises(UserError, match=r"that is vit_small_patch16_dinov3.lvd1689m, and the cache is of vit_small"):
+        run_here(flags("--teacher_arch", "vit_small", steps=1))
+    with pytest.raises(UserError, match=r"could not be found .* --teacher_arch may be left out"):
+        run_here(flags("--teacher_arch", f"local-dir:{tmp_path / 'gone'}", steps=1))
+    run_here(flags(steps=1))
+    asked = {"run": str(tmp_path / "run"), "img_size": 48, "device": torch.device("cpu")}
+    with pytest.raises(UserError, match=r"learned from a cache of vit_small\S* \(of no release\), weights sha256"):
+        load_probed("teacher", **asked)  # type: ignore[arg-type]
+    run_here(flags("--teacher_arch", f"local-dir:{renamed}", steps=2))
+    assert load_probed("teacher", **asked).detail == f"local-dir:{renamed}"  # type: ignore[arg-type]
+    save_file(load_file(other / "model.safetensors"), renamed / "model.safetensors")
+    with pytest.raises(UserError, match="with other weights"):
+        load_probed("teacher", **asked)  # type: ignore[arg-type]
+    shutil.copy(workplace.teacher / "model.safetensors", renamed)
+    assert len(run_here(flags("--teacher_arch", f"local-dir:{workplace.teacher}", steps=3))) == 3
 
 
 @pytest.mark.parametrize("source", ["--cache_path", "live"])

@@ -82,7 +82,7 @@ class PrototypeConfig:
     """Prototypes of the DINO and iBOT targets, fitted once in the teacher's space and frozen."""
 
     num_prototypes: int = 16384
-    """Prototypes for cls tokens, and as many for patch tokens."""
+    """Prototypes for cls tokens, and as many for patch tokens; in small sets half the tokens, where that is less."""
     prototype_rows: int = 131072
     """Images whose teacher tokens are read for the fit, at most."""
     prototype_iterations: int = 20
@@ -343,7 +343,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "five": {},
     "recommended": {
         "mse_loss_weight": 1.0, "spd_loss_weight": 5.0, "dino_loss_weight": 0.03, "ibot_loss_weight": 0.03,
-        "cls_loss_weight": 0.03, "koleo_loss_weight": 0.003,
+        "cls_loss_weight": 0.03, "koleo_loss_weight": 0.003, "augmentation": "clean",
     },
     "five_plus_patch": {"patch_loss_weight": 1.0},
     "regression": _NO_LOSS | {"mse_loss_weight": 1.0},

@@ -9,6 +9,7 @@ DINO's EMA centring converges to when teacher and data are frozen.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,9 @@ PROTOTYPES = "prototypes.safetensors"
 _ASSIGN_CHUNK = 8192
 # 2 tokens of 2 crops of 131,072 images are 32 a prototype, and 2 GB at width 1024.
 _PATCHES_PER_CROP = 2
+# A small set has fewer prototypes than were asked for: each is the mean of two tokens at least.
+_TOKENS_PER_PROTOTYPE = 2
+_log = logging.getLogger(__name__)
 
 
 class PrototypeBank(nn.Module):
@@ -125,13 +129,13 @@ def fit_prototypes(
 
     Args:
         stream: teacher targets, in a fixed order; read until `config.prototype_rows` images were seen.
-        config: number of prototypes (0: mean and deviation alone), iterations and the calibration's target.
+        config: greatest number of prototypes (0: mean and deviation alone), iterations, the calibration's target.
         seed: seed of the choice of patch tokens and of the initial prototypes.
         fingerprint: what the tokens were made from (teacher, crops, data); saved along.
         device: where k-means runs.
 
     Raises:
-        UserError: fewer tokens than prototypes.
+        UserError: there are no tokens.
     """
     generator = torch.Generator().manual_seed(seed)
     cls, patches = _collect(stream, config, generator)
@@ -275,12 +279,10 @@ def _collect(
 
 
 def _fit_bank(tokens: Tensor, config: PrototypeConfig, generator: torch.Generator, name: str) -> PrototypeBank:
-    k = config.num_prototypes
-    if tokens.shape[0] < k:
-        raise UserError(
-            f"--num_prototypes {k}: only {tokens.shape[0]} {name} tokens to fit them to. "
-            f"Ask for at most {tokens.shape[0]}, or give more images (--prototype_rows)."
-        )
+    k = min(config.num_prototypes, tokens.shape[0] // _TOKENS_PER_PROTOTYPE)
+    if k < config.num_prototypes:
+        asked = config.num_prototypes
+        _log.warning("%d prototypes instead of %d: there are %d %s tokens to fit them to", k, asked, len(tokens), name)
     bank = PrototypeBank(k, tokens.shape[1]).to(tokens.device)
     bank.mean.copy_(tokens.mean(0))
     bank.std.copy_(tokens.std(0).clamp_min(1e-6))

@@ -24,6 +24,7 @@ import train
 from common.locks import file_lock
 from distill.checkpoint import list_checkpoints, load_newest
 from distill.models import create_backbone
+from distill.prototypes import PROTOTYPES, load_prototypes
 from distill.step import DistillStep
 from shards.pack import pack
 
@@ -74,9 +75,14 @@ def test_a_lower_learning_rate_after_a_step_that_is_not_finite(run: Callable[...
     assert last_step(tmp_path / "run") == 3
 
 
-def test_fewer_prototypes(run: Callable[..., str]) -> None:
-    printed = run("--num_prototypes", 10_000, fails=True)
-    run("--num_prototypes", int(re.search(r"Ask for at most (\d+)", printed)[1]))  # type: ignore[index]
+def test_a_small_set_has_fewer_prototypes_than_the_default(
+    run: Callable[..., str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run("--num_prototypes", 16384, "--prototype_rows", 131072)
+    assert "355 prototypes instead of 16384: there are 710 cls tokens to fit them to" in caplog.text
+    assert load_prototypes(tmp_path / "run" / PROTOTYPES).cls.weight.shape == (355, 64)
+    run("--num_prototypes", 16384, "--prototype_rows", 131072, "--max_steps", 4)  # resumes
+    assert last_step(tmp_path / "run") == 4
 
 
 @pytest.mark.parametrize("steps_before", [0, 2])

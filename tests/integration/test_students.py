@@ -83,18 +83,19 @@ def test_compiling_first_leaves_a_cnns_statistics_as_they_were(
 def test_every_preset_trains_its_own_terms_live(
     workplace: Workplace, run_here: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
-    words = workplace.flags(tmp_path, "--max_steps", 6, "--preset", name)
+    words = workplace.flags(tmp_path, "--max_steps", 24, "--preset", name)
     if name == "proteus":  # its own crops, not the small run's
         for flag, length in (("--local_crops_number", 2), ("--global_crops_scale", 3)):
             at = words.index(flag)
             del words[at : at + length]
     lines = run_here(words)
-    # Those it adds to the five or raises; a term that it turns down to a tenth need not fall within six steps.
+    # Those it adds to the five or raises; a term that it turns down need not fall within so few steps.
     own = {term: PRESETS[name].get(f"{term}_loss_weight", 0.0) for term in TERMS}
     asked = {term for term, weight in own.items() if weight and weight >= getattr(LossConfig(), f"{term}_loss_weight")}
     off = {term for term in TERMS if PRESETS[name].get(f"{term}_loss_weight") == 0}
     assert asked
-    assert all(lines[-1][term] < lines[0][term] for term in asked)
+    falling = {term: [line[term] for line in lines] for term in asked}
+    assert all(sum(values[-6:]) < sum(values[:6]) for values in falling.values()), falling
     assert all(math.isfinite(lines[-1][term]) for term, weight in own.items() if weight)
     assert not any(lines[-1].get(term) for term in off)
     reads_local = name in ("recommended", "five_plus_patch", "gram_like", "proteus")  # proteus asks for none

@@ -70,8 +70,13 @@ def train(config: TrainConfig, ranks: Ranks) -> None:
     ranks.on_main(lambda: write_or_check_config(config, run_dir, versions()))
     check_losses(config, ranks)
 
+    # Resume: weights, optimizer, EMA and the step; order, crops and masks follow from the step.
+    newest = load_newest(run_dir)
+    first_step, state = newest or (0, None)
+    loader_state = state["loader"] if state else None
+
     # Teacher outputs: from the cache, or live. Both give TeacherTargets.
-    cache = open_cache(config, ranks) if config.teacher.cache_path else None
+    cache = open_cache(config, loader_state, ranks) if config.teacher.cache_path else None
     cached_teacher = cache.fingerprint["teacher"] if cache and config.uses_cache() else None
     ranks.on_main(lambda: check_validation(config, ranks.device, cached_teacher))
     teacher = None if config.uses_cache() else live_teacher(config, ranks)
@@ -94,13 +99,8 @@ def train(config: TrainConfig, ranks: Ranks) -> None:
     optimizer = create_optimizer(step_module, config.optim)
     ema = StudentEma(step_module.student) if config.optim.ema_momentum else None
 
-    # Resume: weights, optimizer, EMA and the step; order, crops and masks follow from the step.
-    newest = load_newest(run_dir)
-    first_step, loader_state = 0, None
-    if newest is not None:
-        first_step, state = newest
+    if state:
         restore(state, step_module, optimizer, ema)
-        loader_state = state["loader"]
     model = wrap_step(step_module, config.runtime, ranks)
 
     global_batch_size = config.optim.batch_size_per_gpu * ranks.world_size
@@ -113,7 +113,7 @@ def train(config: TrainConfig, ranks: Ranks) -> None:
         seed=config.data.data_seed,
         augmentation=config.crops(),
         state=loader_state,
-        view_sets=num_view_sets(config, cache),
+        view_sets=len(cache.view_sets) if cache else config.teacher.view_sets,
         teacher_crops=teacher is not None,
         on_bad_sample=config.data.on_bad_sample,
         skip_budget=config.data.skip_budget,
@@ -223,13 +223,17 @@ def compile_now(
     log.say(f"compiled in {time.perf_counter() - start:.0f} s")
 
 
-def open_cache(config: TrainConfig, ranks: Ranks) -> TeacherCache:
-    """Open the cache, refusing one of other crops, shards or teacher, or by the other decoder of a GPU."""
+def open_cache(config: TrainConfig, loader_state: Mapping[str, Any] | None, ranks: Ranks) -> TeacherCache:
+    """Open the view sets of the cache that the run asks for or began with, or else all that are finished.
+
+    Refuses a cache of other crops, shards or teacher, or by the other decoder of a GPU.
+    """
     path = config.teacher.cache_path
     assert path is not None
     manifest = load_manifest(config.data.data_path)
     expect = cache_fingerprint(manifest=manifest, augmentation=config.crops(), seed=config.data.data_seed)
-    cache = TeacherCache.open(path, expect=expect)
+    number = config.teacher.view_sets or (loader_state or {}).get("view_sets")
+    cache = TeacherCache.open(path, expect=expect, view_sets=range(number) if number else None)
     ours = decoder_name(config.data.backend, ranks.device, hw_decoder=config.data.hw_decoder)
     theirs = cache.fingerprint["decoder"]
     if ours.endswith(ENGINE) != theirs.endswith(ENGINE):
@@ -284,19 +288,6 @@ def with_targets(
         pairs = cache.join(batches(), device=ranks.device)
     for batch, targets in pairs:
         yield batch, targets, states.popleft()
-
-
-def num_view_sets(config: TrainConfig, cache: TeacherCache | None) -> int | None:
-    """Return K: what the cache holds, else what the run asks for."""
-    if cache is None:
-        return config.teacher.view_sets
-    held = len(cache.view_sets)
-    if config.teacher.view_sets not in (None, held):
-        raise UserError(
-            f"--view_sets {config.teacher.view_sets}: the cache {config.teacher.cache_path} holds {held}. Leave the "
-            "flag out, or add view sets to the cache with `make cache`."
-        )
-    return held
 
 
 def obtain_prototypes(

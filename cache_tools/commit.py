@@ -100,6 +100,11 @@ def read_commits(paths: Paths, view_set: int, spec: CacheSpec, fingerprint: str)
     return {shard: read_commit(paths, view_set, shard, spec, fingerprint) for shard in done}
 
 
+def finished_view_sets(paths: Paths, spec: CacheSpec) -> list[int]:
+    """Return the numbers of the view sets of which every shard is committed."""
+    return [k for k in paths.view_sets() if len(committed_shards(paths, k, spec)) == spec.num_shards]
+
+
 @contextmanager
 def shard_lock(paths: Paths, view_set: int, shard: int) -> Iterator[bool]:
     """Hold the only right to write a shard; yields False where another process holds it.
@@ -127,7 +132,7 @@ def remove_spent_locks(paths: Paths) -> None:
 def write_manifest(paths: Paths, spec: CacheSpec, fingerprint: dict[str, Any]) -> list[int]:
     """List the finished view sets in manifest.json and return them; derived, so any rank may."""
     with cache_lock(paths.root):
-        finished = [k for k in paths.view_sets() if len(committed_shards(paths, k, spec)) == spec.num_shards]
+        finished = finished_view_sets(paths, spec)
         value = {
             "format_version": FORMAT_VERSION,
             "fingerprint": json_sha256(fingerprint),

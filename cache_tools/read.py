@@ -6,6 +6,7 @@ import functools
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import takewhile
 from pathlib import Path
 from threading import Lock
 from typing import Any, TypeVar
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from cache_tools.codec import codec_bound, decode_int8, load_calibration, rounding_bound
-from cache_tools.commit import read_commits
+from cache_tools.commit import finished_view_sets, read_commits
 from cache_tools.fingerprint import check_fingerprint
 from cache_tools.join import RowTable, unpack_ids
 from cache_tools.layout import (
@@ -94,7 +95,11 @@ class TeacherCache:
         self.calibration = load_calibration(path, self.spec, self.fingerprint)
         paths = Paths(path)
         found = paths.view_sets()
-        self.view_sets = tuple(found) if view_sets is None else view_sets
+        if view_sets is None:
+            finished = finished_view_sets(paths, self.spec)
+            # One that is being built, or was stopped, keeps nobody from those before it.
+            view_sets = tuple(takewhile(lambda k: k in finished, found)) or tuple(found)
+        self.view_sets = view_sets
         absent = sorted(set(self.view_sets) - set(found))
         if absent or not found:
             raise CacheIncomplete(
@@ -126,7 +131,7 @@ class TeacherCache:
         Args:
             path: its folder.
             expect: fingerprint of what this run would compute itself; None opens whatever is there.
-            view_sets: those to use; None for all, each of which must then be finished.
+            view_sets: those to use; None for all that are finished, up to the first that is not.
             verify: check each row's crc32c at every read.
             threads: reading threads.
 

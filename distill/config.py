@@ -74,7 +74,7 @@ class TeacherConfig:
     """Folder written by `make cache`."""
     view_sets: int | None = None
     """View sets K with a live teacher: epoch e repeats the boxes of e mod K. None: fresh boxes every epoch.
-    With a cache, K is what the cache holds."""
+    With a cache, the first K of those that it holds; None: all that are finished when the run begins."""
 
 
 @dataclass(frozen=True)

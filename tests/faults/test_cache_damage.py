@@ -213,16 +213,19 @@ def test_cache_of_another_format_version_is_refused(pristine: dict[str, Path], t
         TeacherCache.open(root)
 
 
-def test_half_built_cache_is_refused_and_counted(tmp_path: Path) -> None:
+def test_half_built_view_sets_are_refused_and_counted(tmp_path: Path) -> None:
     root = build(tmp_path / "cache", view_sets=2)
     (root / "commit/v1/000000.json").unlink()
     (root / "commit/v1/000002.json").unlink()
     with pytest.raises(CacheIncomplete, match=r"view set 1 lacks 2 of 3 shards \(0, 2\)"):
-        TeacherCache.open(root)
-    with TeacherCache.open(root, view_sets=[0]) as cache:
+        TeacherCache.open(root, view_sets=[0, 1])
+    with TeacherCache.open(root) as cache:
         assert cache.view_sets == (0,)
     report = verify_cache(root, deep=True)
     assert (report.shards, report.rows, report.missing, report.damages) == (4, 25, {1: 2}, ())
+    (root / "commit/v0/000001.json").unlink()
+    with pytest.raises(CacheIncomplete, match=r"view set 0 lacks 1 of 3 shards \(1\)"):
+        TeacherCache.open(root)
 
 
 def test_two_rows_of_one_id_are_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -308,6 +309,41 @@ def test_a_teacher_named_beside_a_cache_is_the_cache_s_whatever_it_is_called(
     assert len(run_here(flags("--teacher_arch", f"local-dir:{workplace.teacher}", steps=3))) == 3
 
 
+def test_view_sets_are_chosen_kept_at_a_resume_and_not_held_up_by_one_that_is_being_built(
+    workplace: Workplace, run_here: Run, tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+
+    def build(number: int) -> None:
+        teacher = ["--teacher_arch", f"local-dir:{workplace.teacher}", "--device", "cpu", *CROPS]
+        words = ["build", "--shards", workplace.shards, "--cache", cache, "--view_sets", number, *teacher]
+        assert cache_tools([str(word) for word in words]) == 0
+
+    def run(name: str, *flags: object) -> list[float]:
+        lines = run_here(workplace.flags(tmp_path / name, "--cache_path", cache, "--max_steps", 44, *flags))
+        return curve(lines)
+
+    build(1)
+    one = run("one")
+    build(2)
+    two = run("two")
+    assert two[:22] == one[:22] and two[22:] != one[22:]  # the second epoch sees the second view set
+    assert run("chosen", "--view_sets", 1) == one
+    # A run that began with one goes on with it, at the end of its first epoch too.
+    run("begun", "--view_sets", 1, "--checkpoint_every", 22)
+    for record in (tmp_path / "begun" / "checkpoints").glob("step_000000044.*"):
+        record.unlink()
+    config = json.loads((tmp_path / "begun" / "config.json").read_text())
+    config["teacher"]["view_sets"] = None  # as if it had not been said
+    (tmp_path / "begun" / "config.json").write_text(json.dumps(config))
+    assert run("begun") == one
+    # A build under way.
+    next((cache / "commit" / "v1").glob("*.json")).unlink()
+    assert run("while it is built") == one
+    with pytest.raises(UserError, match=r"view set 1 lacks 1 of 3 shards"):
+        run("wanted", "--view_sets", 2)
+
+
 @pytest.mark.parametrize("source", ["--cache_path", "live"])
 def test_without_labels_the_student_is_judged_by_its_teacher(
     workplace: Workplace, run_here: Run, tmp_path: Path, source: str
@@ -371,7 +407,7 @@ def test_prototypes_of_a_cached_run_are_shared_by_the_next_run(
     [
         (["--global_crops_scale", "0.3", "1.0"], "global_crops_scale"),
         (["--data_seed", "1"], "seed"),
-        (["--view_sets", "3"], "the cache .* holds 2"),
+        (["--view_sets", "3"], r"has view sets \[0, 1\], not \[2\]. Build with a larger --view_sets"),
     ],
 )
 def test_a_cache_of_other_crops_is_refused_before_training(
@@ -395,7 +431,7 @@ def test_a_cache_of_the_other_decoder_of_a_gpu_is_refused(
     monkeypatch.setattr(train, "decoder_name", lambda *_, **__: ours)
     config = parse_config(workplace.flags(tmp_path / "run", "--cache_path", workplace.cache))
     with opened, pytest.raises(UserError, match=f"decoded by {theirs}, this run decodes by {ours}.*{advice}"):
-        train.open_cache(config, Ranks(0, 1, torch.device("cpu")))
+        train.open_cache(config, None, Ranks(0, 1, torch.device("cpu")))
 
 
 def test_a_cache_of_another_backend_is_taken_with_a_word(
@@ -403,7 +439,7 @@ def test_a_cache_of_another_backend_is_taken_with_a_word(
 ) -> None:
     for backend in ("dali", "cpu"):
         config = parse_config(workplace.flags(tmp_path, "--cache_path", workplace.cache, "--backend", backend))
-        train.open_cache(config, Ranks(0, 1, torch.device("cpu"))).close()
+        train.open_cache(config, None, Ranks(0, 1, torch.device("cpu"))).close()
     said = [record.getMessage() for record in caplog.records if record.name == "train"]
     mixed = "the teacher saw crops of dali-cpu, the student sees those of cpu-cpu: nearly equal"
     assert said == [f"{workplace.cache}: {mixed}"]

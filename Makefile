@@ -53,7 +53,7 @@ need-%:
 	@test -n "$($*)" || { echo "make $(GOAL) needs $*, for example: make $(GOAL) $(EXAMPLE_$(GOAL))"; \
 	  echo "No data at hand? make demo runs the whole path on a small set it makes itself."; exit 1; }
 
-demo: setup ## The whole path on a small image set it makes itself: 5 to 10 minutes on 2 cores
+demo: setup ## The whole path on a small image set it makes itself: about 5 minutes on 2 cores
 	$(PY) -m demo $(ARGS)
 
 test: lint ## Lint, types, import directions, then every test that fits a CPU

@@ -169,6 +169,7 @@ def write_page(rows: Sequence[dict[str, str]], path: Path) -> None:
         machines = "; ".join(dict.fromkeys(row["hardware"] for row in of_group))
         parts.append(
             f"## {data}\n\n{table(of_group, recipes)}\n\n{_teacher(of_group)}"
+            "Images/s are by the wall clock, with whatever else the machine did; CPU time counts the run alone. "
             f"Seconds of CPU time a run: {costs}. {machines}.\n\nFlags of every run: `{flags}`\n"
         )
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -184,11 +185,12 @@ def _teacher(rows: Sequence[dict[str, str]]) -> str:
 
 def recipes_figure(groups: Mapping[tuple[str, str], Sequence[dict[str, str]]]) -> Figure:
     """Draw a panel for each data set and measure: a dot a seed, a line for the mean, a row a recipe."""
-    figure = Figure(figsize=(2.6 * len(_SHOWN), 2.6 * len(groups)), layout="constrained")
-    axes = figure.subplots(len(groups), len(_SHOWN), squeeze=False, sharey="row")
+    shown = [m for m in _SHOWN if any(row[m] for rows in groups.values() for row in rows)]
+    figure = Figure(figsize=(2.6 * len(shown), 2.6 * len(groups)), layout="constrained")
+    axes = figure.subplots(len(groups), len(shown), squeeze=False, sharey="row")
     for line, ((data, _), rows) in zip(axes, groups.items(), strict=True):
         recipes = list(dict.fromkeys(row["recipe"] for row in rows))[::-1]
-        for axis, measure in zip(line, _SHOWN, strict=True):
+        for axis, measure in zip(line, shown, strict=True):
             for place, recipe in enumerate(recipes):
                 values = _values(rows, recipe, measure)
                 axis.plot(values, [place] * len(values), "o", ms=4, alpha=0.6, color=f"C{place}")

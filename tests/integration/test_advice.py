@@ -18,11 +18,13 @@ from typing import Any
 import pytest
 import torch
 import tyro
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 import train
 from common.locks import file_lock
 from distill.checkpoint import list_checkpoints, load_newest
+from distill.config import DEFAULT_TEACHER
 from distill.models import create_backbone
 from distill.prototypes import PROTOTYPES, load_prototypes
 from distill.step import DistillStep
@@ -155,7 +157,7 @@ def test_local_weights_after_a_download_that_failed(
 
 
 def test_validation_data_is_looked_at_before_the_training(
-    workplace: Workplace, run: Callable[..., str], tmp_path: Path
+    workplace: Workplace, run: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert "no such folder" in run("--val_data_path", tmp_path / "nowhere", fails=True)
     images = workplace.shards.parent / "images" / "val"
@@ -164,9 +166,11 @@ def test_validation_data_is_looked_at_before_the_training(
     for i, path in enumerate(sorted(images.rglob("*.*"))[:4]):
         (unlabelled / f"{i}{path.suffix}").write_bytes(path.read_bytes())
     pack(unlabelled, tmp_path / "unlabelled", workers=1, progress=False)
-    judged_by = ("--knn_every_epochs", 1, "--teacher_arch", "no_such")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    judged_by = ("--knn_every_epochs", 1, "--teacher_arch", DEFAULT_TEACHER)  # the default: as if none were named
     printed = run("--val_data_path", tmp_path / "unlabelled", *judged_by, fails=True)
-    assert "without labels the student is judged by its teacher, and no_such cannot be that" in printed
+    assert f"without labels the student is judged by its teacher, and {DEFAULT_TEACHER} cannot be that" in printed
     run("--val_data_path", tmp_path / "unlabelled", "--knn_every_epochs", 0)
     fewer = tmp_path / "fewer"
     for folder in sorted(images.iterdir())[1:]:

@@ -30,7 +30,7 @@ from distill.prototypes import PROTOTYPES, load_prototypes
 from distill.step import DistillStep
 from shards.pack import pack
 
-from .conftest import ROOT, Workplace
+from .conftest import MAKE_ENV, ROOT, Workplace
 
 Command = Callable[..., tuple[int, str]]
 
@@ -296,7 +296,7 @@ def test_a_command_in_a_document_is_one_that_its_program_parses(command: str, mo
 
     if command.startswith("make"):
         words = ["make", "-n", f"PY={sys.executable}", *PLACES, *shlex.split(command)[1:]]
-        made = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+        made = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False, env=MAKE_ENV)
         assert made.returncode == 0, made.stderr
         lines = [line for line in made.stdout.replace("\\\n", " ").splitlines() if line.startswith(sys.executable)]
         assert lines or command.split()[1:] in ([], ["setup"])

@@ -14,7 +14,7 @@ import pytest
 
 from distill.checkpoint import list_checkpoints
 
-from .conftest import CROPS, ROOT, Workplace, read_lines
+from .conftest import CROPS, MAKE_ENV, ROOT, Workplace, read_lines
 
 Run = Callable[[list[str]], list[dict[str, Any]]]
 Torchrun = Callable[..., subprocess.CompletedProcess[str]]
@@ -81,7 +81,9 @@ def on_nodes(nodes: int, target: list[str]) -> None:
         launch = f"--nnodes {nodes} --node-rank {rank} --rdzv-backend c10d --rdzv-endpoint {endpoint}"
         words = ["make", *target, f"PY={sys.executable}", f"TORCHRUN={launch}"]
         processes.append(
-            subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            subprocess.Popen(
+                words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=MAKE_ENV
+            )
         )
     errors = [process.communicate()[1] for process in processes]
     assert all(process.returncode == 0 for process in processes), errors

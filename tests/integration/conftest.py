@@ -25,7 +25,8 @@ from shards.pack import pack
 
 ROOT = Path(__file__).parents[2]
 # For a make of our own: what `make test ARGS=...` was started with is not for it.
-MAKE_ENV = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS", "MAKEOVERRIDES")}
+_OF_MAKE = {"MAKEFLAGS", "MFLAGS", "MAKEOVERRIDES", "ARGS", "NGPU", "PRESET", "TORCHRUN", "PY"}
+MAKE_ENV = {name: value for name, value in os.environ.items() if name not in _OF_MAKE}
 CROPS = "--global_crops_size 48 --global_crops_scale 0.5 1.0 --flip_prob 0.5 --backend auto".split()
 STUDENT = """--patch_size 8 --embed_dim 48 --depth 2 --num_heads 2 --layer_scale 0.5 --local_crops_size 24
     --local_crops_number 3 --mask_patch_size 16 --num_prototypes 32 --prototype_rows 128 --prototype_iterations 3

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.results import Measurement, append_measurements, print_table
 from common.errors import run_command
 from distill.config import OptimConfig, RuntimeConfig, TrainConfig, preset
+from distill.metrics import PhaseClock
 from distill.models import create_backbone, create_student
 from distill.optim import StudentEma, clip_gradients, create_optimizer, set_lr, skip_update
 from distill.prototypes import PrototypeBank, Prototypes
@@ -56,33 +56,6 @@ class BenchArgs:
     """auto takes a GPU where there is one."""
     results: Path = Path(__file__).parent / "results" / "train.csv"
     """CSV file of the rows."""
-
-
-class Clock:
-    """Marks of the device's time: events on a GPU, so that nothing waits; else the host's clock."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-
-    def mark(self) -> torch.cuda.Event | float:
-        """Note this moment in the order of the work."""
-        if not self._cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def seconds(self, start: torch.cuda.Event | float, end: torch.cuda.Event | float) -> float:
-        """Return the time between two marks; on a GPU after a synchronisation."""
-        if isinstance(start, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
-            return start.elapsed_time(end) / 1e3
-        assert isinstance(start, float) and isinstance(end, float)
-        return end - start
-
-    def wait(self) -> None:
-        """Wait until the device has done what was given to it."""
-        if self._cuda:
-            torch.cuda.synchronize()
 
 
 def build(config: TrainConfig, batch: int, ranks: Ranks, *, autocast: bool) -> tuple[DistillStep, StepInputs]:
@@ -133,39 +106,38 @@ def measure(config: TrainConfig, row: str, batch: int, steps: int, ranks: Ranks)
     optimizer, ema = create_optimizer(step, OptimConfig()), StudentEma(step.student)
     model = wrap_step(step, runtime, ranks)
     set_lr(optimizer, 1e-4)
-    clock = Clock(ranks.device)
 
-    def run() -> list[torch.cuda.Event | float]:
-        marks = [clock.mark()]
+    def run() -> PhaseClock:
+        clock = PhaseClock(ranks.device, PHASES)
         if teacher:
+            clock.mark("teacher")
             teacher(inputs.global_crops, inputs.teacher_cls.shape[1])
-        marks.append(clock.mark())
+        clock.mark("forward")
         loss, metrics = model(*inputs, *scalars)
-        marks.append(clock.mark())
+        clock.mark("backward")
         loss.backward()
-        marks.append(clock.mark())
+        clock.mark("optimizer")
         _, not_finite = clip_gradients(step.parameters(), 3.0, metrics[0])
         skip_update(optimizer, not_finite)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         ema.update(step.student, 0.994)
-        marks.append(clock.mark())
-        return marks
+        clock.mark("")
+        return clock
 
     for _ in range(_WARM_UP):
         run()
-    clock.wait()
     if ranks.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    marks = [run() for _ in range(steps)]
-    clock.wait()
-    return _measurements(f"{config.preset}, batch {batch}, {row}", batch, counter.get_total_flops(), marks, clock)
+    clocks = [run() for _ in range(steps)]
+    if ranks.device.type == "cuda":  # the clocks may be read when the device is idle
+        torch.cuda.synchronize()
+    seconds = [clock.read() for clock in clocks]
+    return _measurements(f"{config.preset}, batch {batch}, {row}", batch, counter.get_total_flops(), seconds)
 
 
-def _measurements(
-    name: str, batch: int, flops: int, marks: Sequence[Sequence[torch.cuda.Event | float]], clock: Clock
-) -> list[Measurement]:
-    totals = [clock.seconds(of_step[0], of_step[-1]) for of_step in marks]
+def _measurements(name: str, batch: int, flops: int, seconds: Sequence[dict[str, float]]) -> list[Measurement]:
+    totals = [sum(of_step.values()) for of_step in seconds]
     note = f"{flops / batch / 1e9:.2f} GFLOP an image in the student's products"
     if torch.cuda.is_available():
         note += f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB at most"
@@ -173,11 +145,12 @@ def _measurements(
         if peak:
             floor, share = 1e3 * flops / peak, flops / peak / statistics.median(totals)
             note += f", floor of the products {floor:.1f} ms, MFU {share:.1%}"
-    rows = [Measurement(name, "images/s", tuple(batch / seconds for seconds in totals), note)]
-    for i, phase in enumerate(PHASES):
-        parts = tuple(1e3 * clock.seconds(of_step[i], of_step[i + 1]) for of_step in marks)
-        if phase != "teacher" or "teacher" in name:
-            rows.append(Measurement(f"{name}: {phase}", "ms", parts))
+    rows = [Measurement(name, "images/s", tuple(batch / total for total in totals), note)]
+    rows += [
+        Measurement(f"{name}: {phase}", "ms", tuple(1e3 * of_step[phase] for of_step in seconds))
+        for phase in PHASES
+        if phase != "teacher" or "teacher" in name
+    ]
     return rows
 
 

@@ -24,7 +24,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 from tqdm import tqdm
 
-from common.errors import run_command
+from common.errors import UserError, run_command
 from demo import CROPS, PATCH_SIZE
 from distill.export import Card, export_model
 from distill.models import create_backbone
@@ -108,8 +108,6 @@ class TeacherArgs:
     """Steps of 64 images."""
     embed_dim: int = 128
     """Width, 32 a head."""
-    seed: int = 0
-    """Seed of weights and crops."""
 
 
 def train_teacher(
@@ -122,14 +120,12 @@ def train_teacher(
     """
     torch.manual_seed(seed)
     size, classes = augmentation.global_crops_size, load_manifest(shards).num_classes
+    if not classes:
+        raise UserError(f"{shards}: without labels, from which the teacher learns. Pack images with labels.")
     model_args = {
-        "embed_dim": embed_dim,
-        "depth": 4,
-        "num_heads": embed_dim // 32,
-        "init_values": 0.1,
-        "img_size": size,
-    }
-    model = create_backbone("vit_small", patch_size=augmentation.patch_size, model_args=model_args | {"img_size": size})
+        "embed_dim": embed_dim, "depth": 4, "num_heads": embed_dim // 32, "init_values": 0.1, "img_size": size,
+    }  # fmt: skip
+    model = create_backbone("vit_small", patch_size=augmentation.patch_size, model_args=model_args)
     heads = nn.ModuleList([nn.Linear(embed_dim, classes) for _ in range(2)])
     parameters = [*model.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=_LR, weight_decay=0.05, fused=True)
@@ -172,7 +168,7 @@ def main() -> int:
     return run_command(
         lambda: train_teacher(
             args.shards, args.output, augmentation=args.crops.crops(patch_size=PATCH_SIZE), steps=args.steps,
-            seed=args.seed, embed_dim=args.embed_dim,
+            seed=args.crops.data_seed, embed_dim=args.embed_dim,
         )
     )  # fmt: skip
 

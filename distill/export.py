@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,7 @@ def export_run(args: ExportArgs) -> Path:
     run_dir = Path(args.run)
     model, meta = load_student(run_dir, use_ema=args.ema)
     config: TrainConfig = meta["config"]
-    teacher = teacher_of_run(run_dir, config.teacher)
+    teacher = teacher_of_run(config.teacher, cached_teacher(run_dir, config.teacher))
     weights = teacher.teacher_pretrained_weights
     output = Path(args.output) if args.output else run_dir / "export"
     probe_json = run_dir / "probe" / "probe.json"
@@ -103,9 +104,8 @@ def export_run(args: ExportArgs) -> Path:
     return export_model(model, output, card=card, onnx=args.onnx)
 
 
-def teacher_of_run(run_dir: Path, stated: TeacherConfig) -> TeacherConfig:
+def teacher_of_run(stated: TeacherConfig, cached: Mapping[str, Any] | None) -> TeacherConfig:
     """The teacher that a run states; from a cache, whose teacher no flag need name, the one that the cache states."""
-    cached = cached_teacher(run_dir, stated)
     if cached is None or stated.teacher_arch != DEFAULT_TEACHER or cached["architecture"] == DEFAULT_TEACHER:
         return stated
     name = cached["architecture"]

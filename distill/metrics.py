@@ -7,7 +7,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +36,10 @@ _ADVICE = {
 
 
 class PhaseClock:
-    """Splits a step's time into `PHASES`: on a GPU by events on the compute stream, on a CPU by the host clock."""
+    """Splits a step's time into phases: on a GPU by events on the compute stream, on a CPU by the host clock."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, phases: Sequence[str] = PHASES) -> None:
+        self._phases = phases
         self._on_gpu = device.type == "cuda"
         self._marks: list[tuple[str, Any]] = []
 
@@ -54,7 +55,7 @@ class PhaseClock:
 
     def read(self) -> dict[str, float]:
         """Return seconds by phase since the last call; call it when the device is idle."""
-        seconds = dict.fromkeys(PHASES, 0.0)
+        seconds = dict.fromkeys(self._phases, 0.0)
         for (phase, start), (_, end) in zip(self._marks, self._marks[1:], strict=False):
             if phase:
                 seconds[phase] += start.elapsed_time(end) / 1000 if self._on_gpu else end - start

@@ -64,14 +64,9 @@ class CropPlan:
     def __len__(self) -> int:
         return len(self.boxes)
 
-    def __getitem__(self, images: slice) -> CropPlan:
-        """The plan of some of the images."""
+    def __getitem__(self, images: slice | npt.NDArray[np.int64]) -> CropPlan:
+        """The plan of some of the images: those of a slice, or at these positions."""
         return CropPlan(*(getattr(self, field.name)[images] for field in fields(self)))
-
-    def take(self, positions: npt.ArrayLike) -> CropPlan:
-        """The plan of the samples at these positions."""
-        p = np.asarray(positions, np.int64)
-        return CropPlan(self.boxes[p], self.flips[p], self.colour[p], self.blur_sigma[p], self.solarize[p])
 
 
 def crop_plan(

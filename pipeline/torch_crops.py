@@ -199,7 +199,7 @@ class TorchCrops:
         for chosen in chunks(batch.request.sizes, *((_GPU_IMAGES, _GPU_PIXELS) if on_gpu else (1, 0))):
             padded, sizes = self._padded([images[i] for i in chosen])
             where = torch.from_numpy(chosen).to(device)
-            views = plan.take(chosen)
+            views = plan[chosen]
             crops = self._resized(padded, sizes, views, range(g), w.global_size)
             if clean_crops is not None:
                 clean_crops[:, where] = crops

@@ -111,10 +111,8 @@ def describe_plan(listing: Listing, class_names: Sequence[str]) -> list[str]:
     labels = listing.labels
     counts = np.bincount(labels[labels >= 0], minlength=len(class_names))
     of_classes = [f"{class_names[label]} ({counts[label]})" for label in sorted({0, len(counts) - 1})]
-    unknown, empty = (
-        len(listing) - int(counts.sum()),
-        [class_names[label] for label in np.flatnonzero(counts == 0).tolist()],
-    )
+    unknown = len(listing) - int(counts.sum())
+    empty = [class_names[label] for label in np.flatnonzero(counts == 0).tolist()]
     lines = [f"Plan: {len(listing)} images of {len(class_names)} classes, {' to '.join(of_classes)}."]
     if unknown:
         lines.append(f"Without a label: {unknown} images.")

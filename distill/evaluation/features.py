@@ -105,7 +105,8 @@ def load_probed(
         cached = None
         if kind == "teacher":
             stated = load_config(Path(rest)).teacher
-            config, cached = teacher_of_run(Path(rest), stated), cached_teacher(Path(rest), stated)
+            cached = cached_teacher(Path(rest), stated)
+            config = teacher_of_run(stated, cached)
             detail = config.teacher_arch
             if cached and detail.endswith(OF_NO_RELEASE):
                 raise UserError(

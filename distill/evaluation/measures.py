@@ -207,7 +207,9 @@ def judge_student(student: nn.Module, config: TrainConfig, device: torch.device)
     """Judge a student on `val_data_path`, with at most `knn_max_rows` training rows.
 
     Returns:
-        `knn_top1` in percent where there are labels; else the measures of `agreement_with_teacher` and `patch_cosine`.
+        `knn_top1` in percent where there are labels; else `rankme` of the val cls tokens, `cosine` of cls and
+        `patch_cosine` of patch tokens to the teacher's by a linear map fitted on train, and `neighbours`, the share in
+        percent of the teacher's 10 nearest train images that the student keeps.
     """
     assert config.data.val_data_path is not None
 
@@ -232,8 +234,12 @@ def judge_student(student: nn.Module, config: TrainConfig, device: torch.device)
         _tokens_of_both(entry, teacher, crops(path, limit))
         for path in (config.data.data_path, config.data.val_data_path)
     )
-    measures = agreement_with_teacher(*train[:2], *val[:2], k=min(10, len(train[0])))
-    return measures | {"patch_cosine": cosine_to_teacher(*train[2:], *val[2:])}
+    return {
+        "rankme": rankme(val[0]),
+        "cosine": cosine_to_teacher(*train[:2], *val[:2]),
+        "neighbours": neighbours_kept(*train[:2], *val[:2], k=min(10, len(train[0]))),
+        "patch_cosine": cosine_to_teacher(*train[2:], *val[2:]),
+    }
 
 
 def _tokens_of_both(
@@ -252,27 +258,6 @@ def _tokens_of_both(
     # Cloned outside inference mode, as those of `extract_patch_tokens`.
     both = [torch.cat(parts).clone() for pairs in (cls, patches) for parts in zip(*pairs, strict=True)]
     return both[0], both[1], both[2], both[3]
-
-
-def agreement_with_teacher(
-    student_train: Float[Tensor, "n d"],
-    teacher_train: Float[Tensor, "n e"],
-    student_val: Float[Tensor, "m d"],
-    teacher_val: Float[Tensor, "m e"],
-    *,
-    k: int,
-) -> dict[str, float]:
-    """Judge cls tokens without labels.
-
-    Returns:
-        `rankme` of the student's val tokens, `cosine` to the teacher's by a linear map fitted on train, and
-        `neighbours`, the share in percent of the teacher's k nearest train images that the student keeps.
-    """
-    return {
-        "rankme": rankme(student_val),
-        "cosine": cosine_to_teacher(student_train, teacher_train, student_val, teacher_val),
-        "neighbours": neighbours_kept(student_train, teacher_train, student_val, teacher_val, k=k),
-    }
 
 
 def neighbours_kept(

@@ -44,11 +44,11 @@ def _recognise_folder(path: Path, options: SourceOptions) -> Source:
     if parquet and (rows or not num_images):
         return parquet_source(parquet, options, path)
     if tars and len(tars) >= num_images:
-        return _recognisetar_source(path, tars, options)
+        return _recognise_tars(path, tars, options)
     return folder_source(path, tree, options)
 
 
-def _recognisetar_source(path: Path, tars: list[Path], options: SourceOptions) -> Source:
+def _recognise_tars(path: Path, tars: list[Path], options: SourceOptions) -> Source:
     downloads = [tar for tar in tars if tar.name.startswith("ILSVRC2012_img_")]
     if downloads and options.split is None:
         names = ", ".join(tar.name for tar in downloads)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -146,18 +146,6 @@ def relabelled(source: Source, labels: LabelList, where: Path) -> Source:
     staged = (lambda folder, progress: relabelled(stage(folder, progress), labels, where)) if stage else None
     kind = f"{source.kind}, {labels}"
     return replace(source, kind=kind, class_names=labels.class_names, files=files, stage=staged)
-
-
-def class_labels(found: Collection[str], classes: Classes, where: Path | str) -> dict[str, int]:
-    """Return the label of each class, in label order: sorted, or as `classes` gives them; UserError if it lacks one."""
-    names = sorted(set(found)) if classes is None else classes
-    missing = sorted(set(found).difference(names))
-    if missing:
-        raise UserError(
-            f"{where}: class {missing[0]!r} ({len(missing)} in all) is not among the {len(names)} of the "
-            "class list. Pass the list that these images belong to, or leave it out."
-        )
-    return {name: label for label, name in enumerate(names)}
 
 
 class SourceUnreadable(UserError):

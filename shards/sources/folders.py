@@ -12,8 +12,8 @@ from statistics import median
 
 from common.errors import UserError
 from shards.manifest import UNKNOWN_LABEL
-from shards.sources.base import Container, Source, SourceItem, SourceOptions, class_labels, relabelled
-from shards.sources.labels import labels_beside
+from shards.sources.base import Container, Source, SourceItem, SourceOptions, relabelled
+from shards.sources.labels import class_labels, labels_beside
 
 _SPLIT_NAME = re.compile(
     r"(ilsvrc\d+[-_]img[-_])?(train(ing|val)?|val(id(ation)?)?|test(ing)?|dev|eval(uation)?)"
@@ -90,8 +90,9 @@ def tree_source(
             f"{where}: a {kind} of images has no column {options.label_column!r}. Leave out --label-column."
         )
     prefix, notes = _split_folder(tree, options.split, where) if options.split else ("", [])
-    if options.labels != "folders":
-        prefix = _below_wrappers(tree, prefix)
+    wrapped = _below_wrappers(tree, prefix)
+    if options.labels != "folders" or tree.below(wrapped):  # else the one folder is the class
+        prefix = wrapped
     below, at = tree.below(prefix), where / prefix
     if prefix:
         outside = tree.images.total() - tree.count(prefix)

@@ -8,7 +8,7 @@ import json
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -134,11 +134,11 @@ def load_labels(path: Path, classes: Classes, label_column: str | None = None) -
         return _named(_from_table(rows, path, label_column), path, classes)
     pairs = [_FILE_AND_LABEL.fullmatch(line.strip()) for line in lines]
     if pairs and all(pairs):
-        return _named({pair[1].removeprefix("./"): pair[2] for pair in pairs if pair}, path, classes)
+        return _named(_one_label_each(((pair[1], pair[2]) for pair in pairs if pair), path), path, classes)
     words = [line.split() for line in lines]
     widths = {len(line) for line in words}
     if widths == {2}:
-        return _named({name.removeprefix("./"): label for name, label in words}, path, classes)
+        return _named(_one_label_each(words, path), path, classes)
     if widths == {1} and all(line[0].isdigit() for line in words):
         return _from_devkit(text, _find(path.parent, _META).read_bytes(), path, classes)
     if widths == {1}:
@@ -159,7 +159,7 @@ def _from_json_lines(lines: list[str], path: Path, label_column: str | None) -> 
 def _from_table(rows: list[list[str]], path: Path, label_column: str | None) -> dict[str, str]:
     """Return the label of each file of a table, with a header or without one."""
     if rows and rows[0][:2] == ["ImageId", "PredictionString"]:  # Kaggle's: the class before its boxes
-        return {f"{row[0]}.JPEG": row[1].split()[0] for row in rows[1:]}
+        return _one_label_each(((f"{row[0]}.JPEG", row[1].split()[0]) for row in rows[1:]), path)
     wanted = [label_column.lower()] if label_column else list(_LABEL_TITLES)
     titles = [cell.strip().lower() for cell in rows[0]] if rows else []
     has_header = not any(map(is_image_name, titles)) and bool({*titles} & {*_FILE_TITLES, *_LABEL_TITLES, *wanted})
@@ -176,7 +176,19 @@ def _from_table(rows: list[list[str]], path: Path, label_column: str | None) -> 
     short = next((row for row in body if len(row) <= max(files[0], labels[0]) or not row[labels[0]].strip()), None)
     if short is not None:
         raise UserError(f"{path}: the row {short} has no label. Complete it, or leave such images out.")
-    return {row[files[0]].strip().removeprefix("./"): row[labels[0]].strip() for row in body}
+    return _one_label_each(((row[files[0]].strip(), row[labels[0]].strip()) for row in body), path)
+
+
+def _one_label_each(pairs: Iterable[Sequence[str]], path: Path) -> dict[str, str]:
+    label_of: dict[str, str] = {}
+    for file, label in pairs:
+        name = file.removeprefix("./")
+        if (other := label_of.setdefault(name, label)) != label:
+            raise UserError(
+                f"{path}: {name} is listed as {other!r} and as {label!r}. An image has one label: keep "
+                "one of its lines, or pack by `--labels none`."
+            )
+    return label_of
 
 
 def load_classes(path: Path) -> tuple[str, ...]:
@@ -274,6 +286,18 @@ def _named(named: dict[str, str], where: Path, classes: Classes) -> LabelList:
     return LabelList({file: label_of[name] for file, name in named.items()}, names)
 
 
+def class_labels(found: Collection[str], classes: Classes, where: Path | str) -> dict[str, int]:
+    """Return the label of each class, in label order: sorted, or as `classes` gives them; UserError if it lacks one."""
+    names = sorted(set(found)) if classes is None else classes
+    missing = sorted(set(found).difference(names))
+    if missing:
+        raise UserError(
+            f"{where}: class {missing[0]!r} ({len(missing)} in all) is not among the {len(names)} of the "
+            "class list. Pass the list that these images belong to, or leave it out."
+        )
+    return {name: label for label, name in enumerate(names)}
+
+
 def final_classes(
     named: Mapping[int, str], numbers: Sequence[int], classes: Classes, where: Path | str
 ) -> tuple[tuple[str, ...], Callable[[int], int]]:
@@ -313,10 +337,5 @@ def final_classes(
         if highest >= len(classes):
             raise UserError(f"{where}: label {highest}, but {len(classes)} classes are named. Give --classes.")
         return classes, lambda label: label
-    position = {name: label for label, name in enumerate(classes)}
-    if missing := sorted(names[label] for label in named if names[label] not in position):
-        raise UserError(
-            f"{where}: class {missing[0]!r} ({len(missing)} in all) is not among the {len(classes)} of the "
-            "class list. Pass the list that these images belong to, or leave it out."
-        )
+    position = class_labels([names[label] for label in named], classes, where)
     return classes, lambda label: position[names[label]] if label >= 0 else label

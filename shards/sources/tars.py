@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 from common.errors import UserError
 from shards.manifest import BLOCK, UNKNOWN_LABEL
-from shards.sources.base import Source, SourceItem, SourceOptions, class_labels, file_container
+from shards.sources.base import Source, SourceItem, SourceOptions, file_container
 from shards.sources.folders import Tree, is_split_name, tree_source
-from shards.sources.labels import IMAGE_SUFFIXES, final_classes, is_image_name
+from shards.sources.labels import IMAGE_SUFFIXES, class_labels, final_classes, is_image_name
 
 _COMPRESSED = {b"PK": "zip", b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd"}
 _CUT = "The download or copy is incomplete or damaged: compare its checksum and get it again."

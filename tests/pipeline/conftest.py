@@ -56,7 +56,7 @@ def make_crops(source):
                 part = rows[start : start + batch_size]
                 sizes = source.sizes(part)
                 drawn = (
-                    plan.take(np.arange(start, start + len(part)))
+                    plan[start : start + len(part)]
                     if plan
                     else crop_plan(
                         source.index.uid[part], sizes, view_set=1, epoch=2, seed=seed, augmentation=augmentation

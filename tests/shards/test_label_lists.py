@@ -70,6 +70,26 @@ def test_tables_of_files_and_labels_label_any_tree(tmp_path: Path, table: str) -
     assert [item.name for item in source.items()] == [f"{label}/{name}" for name, label in NESTED.items()]
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    {
+        "a.csv": "file,label\nb/1.jpg,cat\n./b/1.jpg,eel\n",
+        "a.jsonl": '{"file": "b/1.jpg", "label": "cat"}\n{"file": "b/1.jpg", "label": "eel"}\n',
+        "a.tsv": "b/1.jpg\tcat\nb/1.jpg\teel\n",
+        "LOC_val_solution.csv": "ImageId,PredictionString\nb/1,cat 1 2 3 4\nb/1,eel 1 2 3 4\n",
+        "images.txt": "b/1.jpg cat\nb/1.jpg eel\n",
+        "names.txt": "b/1 cat\nb/1 eel\n",
+    }.items(),
+)
+def test_a_file_listed_under_two_labels_is_refused_and_under_one_twice_is_not(
+    tmp_path: Path, name: str, text: str
+) -> None:
+    (tmp_path / name).write_text(text)
+    refused(tmp_path / name, rf"{name}: b/1(.jpg|.JPEG|) is listed as 'cat' and as 'eel'. An image has one label")
+    (tmp_path / name).write_text(text.replace("eel", "cat"))
+    assert load_labels(tmp_path / name, None).class_names == ("cat",)
+
+
 def test_a_mistyped_label_column_is_an_error_and_so_is_a_file_of_two_labels(tmp_path: Path) -> None:
     (tmp_path / "in" / "a").mkdir(parents=True)
     (tmp_path / "in" / "a" / "1.jpg").write_bytes(b"x")

@@ -137,6 +137,12 @@ LAYOUTS: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "class train": ("bus/1.jpg train/2.jpg car/3.jpg", {}, "bus/1.jpg train/2.jpg car/3.jpg"),
     "told to": ("train/1.jpg test/2.jpg", {"labels": "folders"}, "train/1.jpg test/2.jpg"),
+    "told to, wrapped": (
+        "data_256/a/abbey/1.jpg data_256/a/attic/2.jpg data_256/b/bar/3.jpg",
+        {"labels": "folders"},
+        "a/abbey/1.jpg a/attic/2.jpg b/bar/3.jpg",
+    ),
+    "told to, one": ("train/1.jpg train/2.jpg", {"labels": "folders"}, "train/1.jpg train/2.jpg"),
     "flat in a folder": ("images/1.jpg images/2.jpg", {}, "1.jpg 2.jpg"),
     "ignored": ("images/a/1.jpg images/b/2.jpg masks/a/1.png", {"ignore": ("mask*",)}, "a/1.jpg b/2.jpg"),
     "stray beside a wrapper": (f"logo.png set/a/0.jpg {' '.join(f'set/b/{i}.jpg' for i in range(9))}", {}, SET),

@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import Annotated
 
 import numpy as np
@@ -24,6 +25,7 @@ from cache_tools.layout import CacheSpec, read_attributes
 from cache_tools.options import Bench, Build, Calibrate, Inspect, Repair, Stats, Verify
 from cache_tools.read import TeacherCache
 from cache_tools.verify import (
+    Damage,
     describe_cache,
     describe_row,
     measure_reading,
@@ -33,7 +35,7 @@ from cache_tools.verify import (
     verify_cache,
 )
 from common.device import pick_device
-from common.errors import run_command
+from common.errors import UserError, run_command
 from pipeline.readers import in_batches
 from shards.manifest import load_index, load_manifest
 
@@ -75,9 +77,7 @@ def _run(command: object) -> int:
                 with TeacherCache.open(command.cache, view_sets=[command.view_set]) as cache:
                     _print(describe_row(cache, command.view_set, command.row))
         case Repair():
-            for damage in repair_cache(command.cache):
-                done = "restored metadata" if damage.shard is None else f"dropped shard {damage.shard}"
-                print(f"view set {damage.view_set}: {done}: {damage.message}")
+            repair_cache(command.cache, agreed=partial(_agreed, command))
         case Calibrate():
             return _calibrate(command)
         case Bench():
@@ -152,6 +152,19 @@ def _verify_teacher(command: Verify) -> int:
         f"{agreement.cosine_p1:.6f}, {agreement.share_within_bound:.4%} of the values within the codec's bound"
     )
     return 0
+
+
+def _agreed(command: Repair, damages: Sequence[Damage], plan: str) -> bool:
+    """Print what is to be done and ask; UserError where there is nobody to ask."""
+    for damage in damages:
+        what = "restore metadata" if damage.shard is None else f"move shard {damage.shard} aside"
+        print(f"view set {damage.view_set}: {what}: {damage.message}")
+    print(plan, flush=True)
+    if command.yes:
+        return True
+    if not sys.stdin.isatty():
+        raise UserError(f"{command.cache}: nothing was touched, since nobody can be asked here. Pass --yes.")
+    return input("Go on? [y/N] ").strip().lower() in ("y", "yes")
 
 
 def _calibrate(command: Calibrate) -> int:

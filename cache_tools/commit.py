@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from cache_tools.layout import (
@@ -19,7 +18,7 @@ from cache_tools.layout import (
     read_json,
     write_small,
 )
-from common.files import canonical_json, json_sha256, sync_folder
+from common.files import canonical_json, json_sha256
 from common.locks import file_lock
 
 
@@ -143,10 +142,3 @@ def write_manifest(paths: Paths, spec: CacheSpec, fingerprint: dict[str, Any]) -
         }
         write_small(paths.manifest, canonical_json(value) + b"\n")
     return finished
-
-
-def drop_commit(paths: Paths, view_set: int, shard: int) -> None:
-    """Remove a shard from the cache: first its record, durably."""
-    path: Path = paths.commit(view_set, shard)
-    path.unlink(missing_ok=True)
-    sync_folder(path.parent)

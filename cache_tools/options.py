@@ -194,9 +194,11 @@ class Stats:
 
 @dataclass(frozen=True)
 class Repair:
-    """Drop damaged shards; a build then writes them again."""
+    """Move damaged shards aside, to CACHE/damaged; a build then writes them again."""
 
     cache: CachePath
+    yes: bool = False
+    """Go on without asking."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Is a cache what it says: files, rows, ids, teacher; removal of shards that are not; its figures and reading speed."""
+"""Is a cache what it says: files, rows, ids, teacher; repair of what is not; its figures and reading speed."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 
 from cache_tools.build import Teacher
 from cache_tools.codec import load_calibration
-from cache_tools.commit import committed_shards, drop_commit, read_commit, shard_lock, write_manifest
+from cache_tools.commit import committed_shards, read_commit, shard_lock, write_manifest
 from cache_tools.join import SPEC_FIELDS, unpack_ids
 from cache_tools.layout import (
     CacheCorrupt,
@@ -32,7 +33,7 @@ from cache_tools.read import TeacherCache
 from cache_tools.shard_file import Bytes, ViewSetFiles
 from cache_tools.write import ReadCrops
 from common.errors import UserError
-from common.files import json_sha256
+from common.files import explain_disk_errors, json_sha256, sync_folder
 from pipeline.readers import in_batches
 from shards.manifest import ShardIndex
 
@@ -116,7 +117,8 @@ def verify_cache(
             missing[k] = spec.num_shards - len(done)
         broken = metadata_faults(paths, k, spec)
         damages += [Damage(k, None, message) for message in broken.values()]
-        for shard in [] if broken else done:
+        # Rows are read by the layout that follows from the attributes, not by the arrays' own metadata.
+        for shard in done:
             try:
                 _verify_shard(paths, spec, k, shard, digest, deep=deep, index=index)
             except UserError as error:
@@ -127,7 +129,7 @@ def verify_cache(
     return VerifyReport(shards, rows, missing, tuple(damages))
 
 
-def _restore_metadata(paths: Paths, view_set: int, spec: CacheSpec) -> None:
+def _restore_metadata(paths: Paths, view_set: int, spec: CacheSpec, aside: Path) -> None:
     """Write broken metadata again: it follows from the cache's attributes."""
     broken = metadata_faults(paths, view_set, spec)
     if not broken:
@@ -138,6 +140,8 @@ def _restore_metadata(paths: Paths, view_set: int, spec: CacheSpec) -> None:
         create_view_set(fresh.root, view_set, spec)
         with cache_lock(paths.root):
             for path in broken:
+                if path.exists():
+                    _move_aside(path, paths.root, aside)
                 path.parent.mkdir(exist_ok=True)
                 write_small(path, (fresh.data / path.relative_to(paths.data)).read_bytes())
 
@@ -221,35 +225,71 @@ def verify_against_teacher(
     return agreement
 
 
-def repair_cache(root: Path) -> tuple[Damage, ...]:
-    """Restore metadata, and drop every shard that a deep verification finds damaged, for a build to write again.
+def repair_cache(
+    root: Path, *, agreed: Callable[[tuple[Damage, ...], str], bool] = lambda damages, plan: True
+) -> tuple[Damage, ...]:
+    """Restore metadata, and take every shard that a deep verification finds damaged out, for a build to write again.
+
+    Nothing is deleted: what is taken out or replaced lies in `root/damaged/<time>` under the same path.
+
+    Args:
+        root: the cache.
+        agreed: asked, before a file is touched, with the damage and one line on what would be moved.
 
     Returns:
-        What was damaged.
+        What was damaged, whether `agreed` or not.
+
+    Raises:
+        UserError: every record would go, which is a sign of damaged metadata or of another build's records.
     """
     attributes = read_attributes(root)
     spec, paths = CacheSpec.from_json(attributes["spec"]), Paths(root)
-    damages = tuple(
-        Damage(k, None, message) for k in paths.view_sets() for message in metadata_faults(paths, k, spec).values()
-    )
+    report = verify_cache(root, deep=True)
+    damages = report.damages
+    moved = [(damage.view_set, damage.shard) for damage in damages if damage.shard is not None]
+    if len(moved) == report.shards > 1:
+        raise UserError(
+            f"{root}: all {len(moved)} records would go, so nothing was touched. Shards seldom break all at once: "
+            f"{paths.data / 'zarr.json'} is damaged, or the records are of another build. Copy that file or the cache "
+            f"again from where it came, or build in an empty folder. The first: {damages[0].message}"
+        )
+    files = [file for k, shard in moved for file in _shard_files(paths, spec, k, shard)]
+    files += _unrecorded(paths, spec)
+    size = sum(file.stat().st_size for file in files)
+    aside = root / "damaged" / f"{datetime.now():%Y%m%dT%H%M%S.%f}"
+    plan = f"{len(moved)} records and {len(files)} files of {size:,} bytes are to be moved to {aside}."
+    if not (damages or files) or not agreed(damages, plan):
+        return damages
     for k in paths.view_sets():
-        _restore_metadata(paths, k, spec)
-    damages += verify_cache(root, deep=True).damages
-    for damage in damages:
-        if damage.shard is None:
-            continue
-        with shard_lock(paths, damage.view_set, damage.shard) as ours:
+        _restore_metadata(paths, k, spec, aside)
+    for k, shard in moved:
+        with shard_lock(paths, k, shard) as ours:
             if not ours:
                 raise UserError(
-                    f"{root}: shard {damage.shard} of view set {damage.view_set} is being written by another "
-                    "process. Wait for it, then repair again."
+                    f"{root}: shard {shard} of view set {k} is being written by another process. Wait for it, then "
+                    "repair again."
                 )
-            drop_commit(paths, damage.view_set, damage.shard)
-    for leftover in _unrecorded(paths, spec):
-        leftover.unlink()
+            _move_aside(paths.commit(k, shard), root, aside)
+    for leftover in _unrecorded(paths, spec):  # each while its shard is locked; those of the records just moved too
+        _move_aside(leftover, root, aside)
     if damages:
         write_manifest(paths, spec, attributes["fingerprint"])
     return damages
+
+
+def _move_aside(path: Path, root: Path, aside: Path) -> None:
+    target = aside / path.relative_to(root)
+    with explain_disk_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(target)
+        sync_folder(target.parent)
+        sync_folder(path.parent)
+
+
+def _shard_files(paths: Paths, spec: CacheSpec, view_set: int, shard: int) -> list[Path]:
+    """Chunk files of one tar shard that exist, whole or half written."""
+    chunks = (paths.chunk(view_set, array, shard) for array in spec.arrays())
+    return [path for chunk in chunks for path in (chunk, partial_path(chunk)) if path.exists()]
 
 
 def _unrecorded(paths: Paths, spec: CacheSpec) -> Iterator[Path]:
@@ -261,9 +301,7 @@ def _unrecorded(paths: Paths, spec: CacheSpec) -> Iterator[Path]:
                 continue
             with shard_lock(paths, k, shard) as ours:
                 if ours:
-                    for array in spec.arrays():
-                        chunk = paths.chunk(k, array, shard)
-                        yield from (p for p in (chunk, partial_path(chunk)) if p.exists())
+                    yield from _shard_files(paths, spec, k, shard)
 
 
 def describe_cache(root: Path) -> dict[str, Any]:

@@ -282,8 +282,12 @@ def test_repair_command_names_what_it_drops_and_build_restores_it(
     before = path.read_bytes()
     path.write_bytes(before[:-1])
     assert main(["verify", str(world.cache)]) == 1
-    assert main(["repair", str(world.cache)]) == 0
-    assert "view set 1: dropped shard 2: " in capsys.readouterr().out
+    damaged = path.read_bytes()
+    assert main(["repair", str(world.cache)]) == 2
+    assert "Pass --yes" in capsys.readouterr().err and path.read_bytes() == damaged
+    assert main(["repair", str(world.cache), "--yes"]) == 0
+    assert "view set 1: move shard 2 aside: " in capsys.readouterr().out
+    assert [p.read_bytes() for p in world.cache.glob(f"damaged/*/data.zarr/v1/patch/{path.name}")] == [damaged]
     assert main(["verify", str(world.cache)]) == 1
     assert "view set 1: 1 of 3 shards are not built yet" in capsys.readouterr().out
     assert main(world.build) == 0

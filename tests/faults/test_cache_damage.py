@@ -12,6 +12,7 @@ from cache_tools.build import run_build
 from cache_tools.layout import CacheCorrupt, CacheIncomplete, CacheMismatch, CodecName
 from cache_tools.read import TeacherCache
 from cache_tools.verify import repair_cache, verify_against_teacher, verify_cache
+from common.errors import UserError
 from tests.cache_tools.synthetic import SyntheticReader, SyntheticTeacher, synthetic_batch, synthetic_request
 
 FILES = {
@@ -32,7 +33,9 @@ def build(root: Path, codec: CodecName = "int8", view_sets: int = 1, seed: int =
 
 
 def snapshot(root: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+    """Every file's bytes but those that repair moved aside."""
+    files = (p for p in sorted(root.rglob("*")) if p.is_file() and not p.is_relative_to(root / "damaged"))
+    return {str(p.relative_to(root)): p.read_bytes() for p in files}
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +142,19 @@ def test_damaged_commit_record_is_named(
     repair_cache(root)
     build(root)
     assert snapshot(root) == before
+
+
+def test_repair_touches_nothing_where_every_record_would_go(pristine: dict[str, Path], tmp_path: Path) -> None:
+    root = tmp_path / "cache"
+    shutil.copytree(pristine["int8"], root)
+    path = root / "data.zarr/zarr.json"
+    path.write_text(path.read_text().replace('"seed": 0', '"seed": 8', 1))
+    before = snapshot(root)
+    with pytest.raises(UserError, match=r"all 3 records would go, so nothing was touched.*data\.zarr/zarr\.json"):
+        repair_cache(root)
+    assert snapshot(root) == before
+    path.write_text(path.read_text().replace('"seed": 8', '"seed": 0', 1))
+    read_everything(root)
 
 
 def test_commit_records_of_another_cache_are_refused(pristine: dict[str, Path], tmp_path: Path) -> None:

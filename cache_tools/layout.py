@@ -285,6 +285,7 @@ def read_attributes(root: Path) -> dict[str, Any]:
 
     Raises:
         CacheIncomplete: there is no cache at `root`, or its build was stopped before it began to write.
+        CacheCorrupt: they are missing or altered.
         CacheMismatch: it was written by another version of the format.
     """
     metadata = Paths(root).data / "zarr.json"
@@ -306,6 +307,15 @@ def read_attributes(root: Path) -> dict[str, Any]:
             f"{root}: cache format {attributes.get('format_version')}, this code reads {FORMAT_VERSION}. "
             "Build the cache again."
         )
+    try:
+        CacheSpec.from_json(attributes["spec"])
+        if not all(isinstance(attributes[name], dict) for name in ("fingerprint", "quality")):
+            raise TypeError("fingerprint or quality is no object")
+    except (KeyError, TypeError, ValueError) as error:
+        raise CacheCorrupt(
+            f"{metadata}: its attributes were altered ({error!r}). The rows may well be sound: copy this file again "
+            "from where the cache came, or from a backup."
+        ) from error
     return attributes
 
 

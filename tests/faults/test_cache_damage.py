@@ -1,6 +1,7 @@
 """Every kind of damage to a teacher cache is an error that names the file, and repair mends it to the byte."""
 
 import json
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -155,6 +156,47 @@ def test_repair_touches_nothing_where_every_record_would_go(pristine: dict[str, 
     assert snapshot(root) == before
     path.write_text(path.read_text().replace('"seed": 8', '"seed": 0', 1))
     read_everything(root)
+
+
+def test_flipped_bits_of_metadata_are_errors_of_ours_and_repair_keeps_every_row(
+    pristine: dict[str, Path], tmp_path: Path
+) -> None:
+    root = tmp_path / "cache"
+    shutil.copytree(pristine["int8"], root)
+    top, before = root / "data.zarr/zarr.json", snapshot(root)
+    others = [p for p in sorted(root.rglob("*")) if p.is_file() and (p.suffix == ".json" or "codec" in p.parts)]
+    draw, refused = random.Random(0), 0
+    for i in range(450):
+        path = top if i % 2 else draw.choice(others)
+        data = bytearray(path.read_bytes())
+        data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+        path.write_bytes(data)
+        for read in (read_everything, verify_cache):
+            try:  # a flip in a note or a space harms nothing
+                read(root)
+            except UserError:
+                refused += 1
+        if path == top:
+            try:
+                repair_cache(root)
+            except UserError:
+                refused += 1
+        path.write_bytes(before[str(path.relative_to(root))])
+        assert snapshot(root) == before
+    assert refused > 450
+
+
+def test_attributes_that_lack_a_key_are_named(pristine: dict[str, Path], tmp_path: Path) -> None:
+    root = tmp_path / "cache"
+    shutil.copytree(pristine["int8"], root)
+    path = root / "data.zarr/zarr.json"
+    for key in ("spec", "fingerprint", "quality", "embed_dim", "codec"):
+        whole = path.read_text()
+        path.write_text(whole.replace(f'"{key}"', f'"{key[:-1]}_"', 1))
+        for refuse in (TeacherCache.open, verify_cache, repair_cache):
+            with pytest.raises(CacheCorrupt, match=rf"data.zarr/zarr.json: its attributes were altered .*{key}"):
+                refuse(root)
+        path.write_text(whole)
 
 
 def test_commit_records_of_another_cache_are_refused(pristine: dict[str, Path], tmp_path: Path) -> None:

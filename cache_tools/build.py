@@ -37,6 +37,7 @@ from cache_tools.layout import (
     create_view_set,
     read_attributes,
 )
+from cache_tools.metadata_copy import keep_metadata_copy
 from cache_tools.write import ReadCrops, ViewSetBuild
 from common.errors import UserError
 from common.files import json_sha256
@@ -183,6 +184,7 @@ def run_build(
     attributes = _laid_out(request, teacher, read_crops, rank=rank, progress=progress)
     fingerprint = attributes["fingerprint"]
     calibration = load_calibration(request.root, request.spec, fingerprint)
+    keep_metadata_copy(request.root)
     encoder = _Encoder(teacher, request, calibration)
     rows = 0
     for k in range(request.view_sets):

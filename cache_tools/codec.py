@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float, Int8
 from torch import Tensor
 
-from cache_tools.layout import CacheCorrupt, CacheSpec, CodecName, Paths
+from cache_tools.layout import RESTORE, CacheCorrupt, CacheSpec, CodecName, Paths
 from common.errors import UserError
 from distill.teacher import TeacherTargets
 
@@ -248,14 +248,14 @@ def load_calibration(path: Path, spec: CacheSpec, fingerprint: dict[str, Any]) -
     except Exception as error:  # zarr raises many kinds for a damaged array
         raise CacheCorrupt(
             f"{folder}: the codec's mean and std cannot be read ({type(error).__name__}: {error}). Without them "
-            "no row can be decoded. Copy the cache again, or build it again."
+            f"no row can be decoded. {RESTORE}"
         ) from error
     calibration = Calibration(values[0].astype(np.float32), values[1].astype(np.float32))
     found, recorded = calibration_sha256(calibration), fingerprint.get("codec", {}).get("calibration")
     if found != recorded:
         raise CacheCorrupt(
             f"{folder}: mean and std have sha256 {found[:16]}, the fingerprint says {str(recorded)[:16]}. They "
-            "were altered, and every row would be decoded wrongly. Copy the cache again, or build it again."
+            f"were altered, and every row would be decoded wrongly. {RESTORE}"
         )
     return calibration
 

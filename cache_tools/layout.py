@@ -17,6 +17,10 @@ from common.errors import UserError
 from common.files import open_atomic, sync_folder
 from common.locks import file_lock
 
+RESTORE = (
+    "`python -m cache_tools repair` restores it from a copy in the cache, if that is sound; else copy the cache again, or "
+    "build it again."
+)
 REPAIR = "Run `python -m cache_tools repair` on the cache and build again: only the damaged shards are rebuilt."
 
 
@@ -296,8 +300,7 @@ def read_attributes(root: Path) -> dict[str, Any]:
         )
     if not metadata.exists():
         raise CacheCorrupt(
-            f"{metadata}: missing. It holds what the cache was made from, which nothing else tells. Copy it again "
-            "from where the cache came, or remove the folder and build again."
+            f"{metadata}: missing. It holds what the cache was made from. {RESTORE}"
         )
     attributes = read_json(metadata).get("attributes", {}).get(ATTRIBUTE)
     if not isinstance(attributes, dict):
@@ -313,8 +316,7 @@ def read_attributes(root: Path) -> dict[str, Any]:
             raise TypeError("fingerprint or quality is no object")
     except (KeyError, TypeError, ValueError) as error:
         raise CacheCorrupt(
-            f"{metadata}: its attributes were altered ({error!r}). The rows may well be sound: copy this file again "
-            "from where the cache came, or from a backup."
+            f"{metadata}: its attributes were altered ({error!r}). The rows may well be sound. {RESTORE}"
         ) from error
     return attributes
 

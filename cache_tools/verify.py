@@ -29,6 +29,7 @@ from cache_tools.layout import (
     read_attributes,
     write_small,
 )
+from cache_tools.metadata_copy import damaged_metadata, keep_metadata_copy
 from cache_tools.read import TeacherCache
 from cache_tools.shard_file import Bytes, ViewSetFiles
 from cache_tools.write import ReadCrops
@@ -242,6 +243,17 @@ def repair_cache(
     Raises:
         UserError: every record would go, which is a sign of damaged metadata or of another build's records.
     """
+    aside = root / "damaged" / f"{datetime.now():%Y%m%dT%H%M%S.%f}"
+    if replaced := damaged_metadata(root):
+        names = ", ".join(str(file) for file in replaced)
+        if not agreed((), f"Not as they were written: {names}. They are moved to {aside}, their copies take their place."):
+            return ()
+        with cache_lock(root):
+            for file, copy in replaced.items():
+                if file.exists():
+                    _move_aside(file, root, aside)
+                file.parent.mkdir(parents=True, exist_ok=True)
+                write_small(file, copy.read_bytes())
     attributes = read_attributes(root)
     spec, paths = CacheSpec.from_json(attributes["spec"]), Paths(root)
     report = verify_cache(root, deep=True)
@@ -250,13 +262,13 @@ def repair_cache(
     if len(moved) == report.shards > 1:
         raise UserError(
             f"{root}: all {len(moved)} records would go, so nothing was touched. Shards seldom break all at once: "
-            f"{paths.data / 'zarr.json'} is damaged, or the records are of another build. Copy that file or the cache "
-            f"again from where it came, or build in an empty folder. The first: {damages[0].message}"
+            f"{paths.data / 'zarr.json'} is damaged and has no sound copy, or the records are of another build. Copy "
+            f"that file or the cache again from where it came, or build in an empty folder. The first: {damages[0].message}"
         )
+    keep_metadata_copy(root)  # of a cache that was built before there were copies, or whose copy is damaged
     files = [file for k, shard in moved for file in _shard_files(paths, spec, k, shard)]
     files += _unrecorded(paths, spec)
     size = sum(file.stat().st_size for file in files)
-    aside = root / "damaged" / f"{datetime.now():%Y%m%dT%H%M%S.%f}"
     plan = f"{len(moved)} records and {len(files)} files of {size:,} bytes are to be moved to {aside}."
     if not (damages or files) or not agreed(damages, plan):
         return damages

@@ -18,8 +18,8 @@ from common.files import open_atomic, sync_folder
 from common.locks import file_lock
 
 RESTORE = (
-    "`python -m cache_tools repair` restores it from a copy in the cache, if that is sound; else copy the cache again, or "
-    "build it again."
+    "`python -m cache_tools repair` restores it from a copy in the cache, if that is sound; else copy the cache again, "
+    "or build it again."
 )
 REPAIR = "Run `python -m cache_tools repair` on the cache and build again: only the damaged shards are rebuilt."
 

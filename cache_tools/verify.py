@@ -246,7 +246,8 @@ def repair_cache(
     aside = root / "damaged" / f"{datetime.now():%Y%m%dT%H%M%S.%f}"
     if replaced := damaged_metadata(root):
         names = ", ".join(str(file) for file in replaced)
-        if not agreed((), f"Not as they were written: {names}. They are moved to {aside}, their copies take their place."):
+        plan = f"Not as they were written: {names}. They are moved to {aside}, and their copies take their place."
+        if not agreed((), plan):
             return ()
         with cache_lock(root):
             for file, copy in replaced.items():
@@ -263,7 +264,8 @@ def repair_cache(
         raise UserError(
             f"{root}: all {len(moved)} records would go, so nothing was touched. Shards seldom break all at once: "
             f"{paths.data / 'zarr.json'} is damaged and has no sound copy, or the records are of another build. Copy "
-            f"that file or the cache again from where it came, or build in an empty folder. The first: {damages[0].message}"
+            "that file or the cache again from where it came, or build in an empty folder. "
+            f"The first: {damages[0].message}"
         )
     keep_metadata_copy(root)  # of a cache that was built before there were copies, or whose copy is damaged
     files = [file for k, shard in moved for file in _shard_files(paths, spec, k, shard)]

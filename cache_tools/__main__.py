@@ -24,12 +24,12 @@ from cache_tools.fingerprint import cache_fingerprint
 from cache_tools.layout import CacheSpec, read_attributes
 from cache_tools.options import Bench, Build, Calibrate, Inspect, Repair, Stats, Verify
 from cache_tools.read import TeacherCache
+from cache_tools.repair import repair_cache
 from cache_tools.verify import (
     Damage,
     describe_cache,
     describe_row,
     measure_reading,
-    repair_cache,
     token_stats,
     verify_against_teacher,
     verify_cache,

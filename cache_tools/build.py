@@ -26,7 +26,7 @@ from cache_tools.codec import (
     load_calibration,
     measure_codec,
 )
-from cache_tools.commit import committed_shards, remove_spent_locks, write_manifest
+from cache_tools.commit import committed_shards, keep_metadata_copy, remove_spent_locks, write_manifest
 from cache_tools.fingerprint import Json, check_fingerprint
 from cache_tools.layout import (
     FORMAT_VERSION,
@@ -37,7 +37,6 @@ from cache_tools.layout import (
     create_view_set,
     read_attributes,
 )
-from cache_tools.metadata_copy import keep_metadata_copy
 from cache_tools.write import ReadCrops, ViewSetBuild
 from common.errors import UserError
 from common.files import json_sha256

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from cache_tools.layout import (
@@ -18,8 +19,12 @@ from cache_tools.layout import (
     read_json,
     write_small,
 )
-from common.files import canonical_json, json_sha256
+from common.errors import UserError
+from common.files import canonical_json, file_sha256, json_sha256
 from common.locks import file_lock
+
+METADATA_COPY = "metadata_copy"  # laid out as the cache itself: what all its rows depend on, once more
+METADATA_SUMS = "sums.json"
 
 
 @dataclass(frozen=True)
@@ -142,3 +147,33 @@ def write_manifest(paths: Paths, spec: CacheSpec, fingerprint: dict[str, Any]) -
         }
         write_small(paths.manifest, canonical_json(value) + b"\n")
     return finished
+
+
+def keep_metadata_copy(root: Path) -> None:
+    """Copy a cache's sound metadata, a few kB; does nothing where a sound copy exists."""
+    with cache_lock(root):
+        copy = root / METADATA_COPY
+        if copy_is_sound(copy):
+            return
+        files = _metadata(root)
+        for file in files:
+            target = copy / file.relative_to(root)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            write_small(target, file.read_bytes())
+        sums = {str(file.relative_to(root)): file_sha256(file) for file in files}
+        write_small(copy / METADATA_SUMS, canonical_json(sums) + b"\n")
+
+
+def _metadata(root: Path) -> list[Path]:
+    data = Paths(root).data
+    codec = data / "codec"
+    return [data / "zarr.json", *sorted(path for path in codec.rglob("*") if path.is_file())]
+
+
+def copy_is_sound(copy: Path) -> bool:
+    """Tell whether the files of a copy are there and fit its checksums."""
+    try:
+        sums = read_json(copy / METADATA_SUMS)
+        return bool(sums) and all(file_sha256(copy / name) == sha256 for name, sha256 in sums.items())
+    except (UserError, OSError, TypeError):
+        return False

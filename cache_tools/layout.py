@@ -299,9 +299,7 @@ def read_attributes(root: Path) -> dict[str, Any]:
             f"`make cache SHARDS=... CACHE={root}`."
         )
     if not metadata.exists():
-        raise CacheCorrupt(
-            f"{metadata}: missing. It holds what the cache was made from. {RESTORE}"
-        )
+        raise CacheCorrupt(f"{metadata}: missing. It holds what the cache was made from. {RESTORE}")
     attributes = read_json(metadata).get("attributes", {}).get(ATTRIBUTE)
     if not isinstance(attributes, dict):
         raise CacheCorrupt(f"{metadata}: has no attribute {ATTRIBUTE!r}. This is another Zarr group, not a cache.")

@@ -16,7 +16,8 @@ from cache_tools.codec import Calibration, decode_int8_numpy
 from cache_tools.join import unpack_ids
 from cache_tools.layout import CacheIncomplete, CacheMismatch, CacheStale
 from cache_tools.read import TeacherCache
-from cache_tools.verify import repair_cache, verify_cache
+from cache_tools.repair import repair_cache
+from cache_tools.verify import verify_cache
 from common.errors import UserError
 from distill.teacher import TeacherTargets
 from tests.cache_tools.synthetic import (

@@ -14,7 +14,8 @@ from cache_tools.commit import shard_lock
 from cache_tools.layout import CacheCorrupt, Paths
 from cache_tools.options import Verify
 from cache_tools.read import TeacherCache
-from cache_tools.verify import repair_cache, verify_cache
+from cache_tools.repair import repair_cache
+from cache_tools.verify import verify_cache
 from common.errors import UserError
 from pipeline.augmentation import named_augmentation
 from shards.manifest import ShardIndex

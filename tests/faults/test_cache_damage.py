@@ -12,7 +12,8 @@ import pytest
 from cache_tools.build import run_build
 from cache_tools.layout import CacheCorrupt, CacheIncomplete, CacheMismatch, CodecName
 from cache_tools.read import TeacherCache
-from cache_tools.verify import repair_cache, verify_against_teacher, verify_cache
+from cache_tools.repair import repair_cache
+from cache_tools.verify import verify_against_teacher, verify_cache
 from common.errors import UserError
 from tests.cache_tools.synthetic import SyntheticReader, SyntheticTeacher, synthetic_batch, synthetic_request
 
